@@ -1,0 +1,53 @@
+# The two commands of the README are `make train` and `make test`; both start from nothing, and again is quick.
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check format test-next clean
+
+VENV := .venv
+VENV_NEXT := .venv-next
+RECIPE := examples/recipes/arithmetic_cpu.yaml
+BIN := $(VENV)/bin
+
+# Tests reach no network, and one thread a process: several ranks share few cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
+	VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+
+help: ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## .venv with the pinned packages and this project (PYTHON=, INSTALLER=pip)
+	@echo "[setup] checking $(VENV)"
+	@environment/install.sh $(VENV) set-a
+
+train: setup ## train the shipped tiny model on CPU with the arithmetic recipe
+	@echo "[train] $(BIN)/klrl train $(RECIPE)"
+	@$(BIN)/klrl train $(RECIPE)
+
+test: check ## set-up, static checks, and every test that needs no GPU
+	@echo "[test] pytest"
+	@$(TEST_ENV) $(BIN)/python -m pytest --durations=10
+
+check: setup ## format, lint, types and import layers
+	@echo "[check] ruff format"
+	@$(BIN)/ruff format --check --quiet . || { echo "[check] run: make format" >&2; exit 1; }
+	@echo "[check] ruff check"
+	@$(BIN)/ruff check --quiet .
+	@echo "[check] pyrefly"
+	@$(BIN)/pyrefly check --output-format min-text --summary none
+	@echo "[check] import layers"
+	@$(BIN)/lint-imports --no-logo
+
+format: setup ## rewrite the sources as ruff formats them
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --select I --fix .
+
+test-next: ## the end-to-end tests on the next versions (.venv-next, set B)
+	@echo "[test-next] checking $(VENV_NEXT)"
+	@environment/install.sh $(VENV_NEXT) set-b
+	@echo "[test-next] pytest tests/e2e"
+	@$(TEST_ENV) $(VENV_NEXT)/bin/python -m pytest --durations=10 tests/e2e
+
+clean: ## remove environments, caches and build output; runs stay
+	@echo "[clean] environments, caches, build output"
+	@rm -rf $(VENV) $(VENV).lock $(VENV_NEXT) $(VENV_NEXT).lock build dist megatron_klrl.egg-info .pytest_cache .ruff_cache \
+		.import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

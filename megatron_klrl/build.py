@@ -1,0 +1,150 @@
+"""Composition root: from a recipe to the parts of a run. The only module that names concrete engines."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_klrl.config.model_folder import ModelShape, describe_model, resolve_folder
+from megatron_klrl.config.recipe import Dtype, Recipe
+from megatron_klrl.generation.vllm_engine import VLLMEngine
+from megatron_klrl.loop.parts import EvalTask, Parts
+from megatron_klrl.mcore import groups as process_groups
+from megatron_klrl.mcore.checkpoint import load_model
+from megatron_klrl.mcore.compat import run_on_cpu
+from megatron_klrl.mcore.conversion import export_hf
+from megatron_klrl.mcore.engine import MegatronEngine, OptimizerSettings, plain_model
+from megatron_klrl.mcore.model import unwrap
+from megatron_klrl.runtime import seeds, world as ranks
+from megatron_klrl.runtime.timers import Timers
+from megatron_klrl.runtime.world import World
+from megatron_klrl.tasks.arithmetic import ArithmeticTask
+from megatron_klrl.tasks.jsonl_file import JsonlTask
+from megatron_klrl.tasks.task import Task
+
+_DTYPES = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16}
+_COLLECTIVE_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A joined rank, before any engine exists.
+
+    Attributes:
+        world: this rank's place.
+        groups: Megatron's groups.
+        shape: of the model.
+        folder: the model's Hugging Face folder.
+        tokenizer: of that folder.
+    """
+
+    world: World
+    groups: process_groups.ProcessGroups
+    shape: ModelShape
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+
+
+@contextmanager
+def site(recipe: Recipe) -> Iterator[Site]:
+    """Join the job, cut it into groups, and leave it in order at the end."""
+    run_on_cpu()
+    world = ranks.join(timeout_s=_COLLECTIVE_TIMEOUT_S)
+    if world.device.type == "cpu":
+        torch.set_num_threads(1)  # ranks share the cores; more threads spin against each other
+    seeds.seed_everything(recipe.loop.seed)
+    groups = process_groups.initialize(
+        world, tensor=recipe.parallel.tensor, pipeline=recipe.parallel.pipeline, seed=recipe.loop.seed
+    )
+    folder = resolve_folder(recipe.model.path)
+    try:
+        yield Site(
+            world=world,
+            groups=groups,
+            shape=describe_model(recipe.model.path),
+            folder=folder,
+            tokenizer=AutoTokenizer.from_pretrained(folder),
+        )
+    finally:
+        process_groups.destroy()
+        ranks.leave()
+
+
+def build_trainer(recipe: Recipe, place: Site) -> MegatronEngine:
+    """The Megatron engine of a recipe."""
+    optimizer = recipe.optimizer
+    return MegatronEngine(
+        world=place.world,
+        groups=place.groups,
+        shape=place.shape,
+        folder=place.folder,
+        dtype=_DTYPES[recipe.precision.dtype],
+        sequence_parallel=recipe.parallel.sequence,
+        optimizer=OptimizerSettings(
+            lr=optimizer.lr,
+            betas=optimizer.adam_betas,
+            eps=optimizer.adam_eps,
+            weight_decay=optimizer.weight_decay,
+            clip_grad=optimizer.clip_grad,
+            warmup_steps=optimizer.warmup_steps,
+        ),
+        micro_batch_size=recipe.loop.micro_batch_size,
+        temperature=recipe.generation.temperature,
+        with_reference=recipe.kl.beta > 0,
+    )
+
+
+def build_engine(recipe: Recipe, place: Site, *, folder: Path | None = None) -> VLLMEngine:
+    """The generation engine of a recipe, with the weights of ``folder`` (default: the recipe's model)."""
+    settings = recipe.generation
+    return VLLMEngine(
+        folder=folder or place.folder,
+        world=place.world,
+        tensor=settings.tensor,
+        dtype=_DTYPES[recipe.precision.dtype],
+        max_model_len=settings.max_model_len or place.shape.max_position_embeddings,
+        max_num_seqs=settings.max_num_seqs,
+        kv_cache_bytes=settings.kv_cache_mib * 2**20 if settings.kv_cache_mib else None,
+    )
+
+
+def build_parts(recipe: Recipe, place: Site, *, trainer: Any, engine: Any) -> Parts:
+    """All parts of a run around its two engines."""
+    return Parts(
+        recipe=recipe,
+        world=place.world,
+        trainer=trainer,
+        engine=engine,
+        task=_task(recipe.data.train, place.tokenizer, seed=seeds.derive(recipe.loop.seed, "prompts"), shuffle=True),
+        evaluation={
+            name: EvalTask(
+                task=_task(spec, place.tokenizer, seed=seeds.derive(recipe.loop.seed, "eval", name), shuffle=False),
+                prompts=spec.prompts,
+                samples=spec.samples,
+                temperature=spec.temperature,
+            )
+            for name, spec in recipe.data.eval.items()
+        },
+        stop_ids=place.shape.eos_ids,
+        timers=Timers(),
+    )
+
+
+def _task(source: Any, tokenizer: PreTrainedTokenizerBase, *, seed: int, shuffle: bool) -> Task:
+    if source.task == "jsonl":
+        return JsonlTask(path=Path(source.path), tokenizer=tokenizer, seed=seed, shuffle=shuffle)
+    return ArithmeticTask(kind=source.kind, terms=source.terms, seed=seed, tokenizer=tokenizer)
+
+
+def checkpoint_weights(recipe: Recipe, place: Site, checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """The policy of a checkpoint under Hugging Face names; collective."""
+    model = plain_model(
+        place.shape, place.folder, groups=place.groups, dtype=_DTYPES[recipe.precision.dtype], device=place.world.device
+    )
+    load_model(checkpoint, model, groups=place.groups)
+    return export_hf(unwrap(model), shape=place.shape, groups=place.groups)

@@ -1,0 +1,105 @@
+"""What train and eval do before any engine starts: read the recipe, look at the model, decide the ranks, check."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+
+from megatron_klrl.cli.rank import RankPlace
+from megatron_klrl.cli.reporting import tell
+from megatron_klrl.config.describe import kl_text, kl_verdict, layout_text
+from megatron_klrl.config.load import load_recipe
+from megatron_klrl.config.memory import estimate_memory
+from megatron_klrl.config.model_folder import ModelShape, describe_model
+from megatron_klrl.config.recipe import Recipe
+from megatron_klrl.config.validate import validate
+from megatron_klrl.launch.devices import decide_ranks, visible_gpus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """A checked run that has not started.
+
+    Attributes:
+        name: of the recipe: its file name without suffix.
+        recipe: resolved.
+        shape: of its model.
+        world_size: ranks of the job.
+        warnings: what the rules found worth saying.
+    """
+
+    name: str
+    recipe: Recipe
+    shape: ModelShape
+    world_size: int
+    warnings: list[str]
+
+    @property
+    def data_parallel(self) -> int:
+        """Copies of the trained model."""
+        return self.world_size // self.recipe.parallel.ranks_per_replica
+
+
+def prepare(recipe_path: Path, overrides: Sequence[str], *, place: RankPlace | None) -> Preparation:
+    """Read and check a recipe for the ranks there are, or will be.
+
+    Raises:
+        UserError: anything wrong with the recipe, its model, its files or the number of ranks.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    shape = describe_model(recipe.model.path)
+    world_size = decide_ranks(recipe, gpus=visible_gpus()) if place is None else place.world_size
+    warnings = validate(recipe, world_size)
+    return Preparation(name=recipe_path.stem, recipe=recipe, shape=shape, world_size=world_size, warnings=warnings)
+
+
+def announce(command: str, preparation: Preparation, *, target: str, to_stderr: bool) -> None:
+    """The first line of a run, within a second of the start, and the warnings."""
+    layout = layout_text(preparation.recipe, world_size=preparation.world_size)
+    text = f"klrl {command}: {preparation.name}: {layout}, KL: {kl_text(preparation.recipe)} -> {target}"
+    typer.echo(text, err=to_stderr)
+    for warning in preparation.warnings:
+        tell(f"warning: {warning}")
+
+
+def plan_as_dict(preparation: Preparation, *, run_dir: Path) -> dict[str, object]:
+    """The dry run for machines."""
+    memory = estimate_memory(preparation.recipe, preparation.shape)
+    parallel = preparation.recipe.parallel
+    return {
+        "name": preparation.name,
+        "run_dir": str(run_dir),
+        "layout": {
+            "ranks": preparation.world_size,
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "context": parallel.context,
+            "data": preparation.data_parallel,
+        },
+        "kl": {"text": kl_text(preparation.recipe), "verdict": kl_verdict(preparation.recipe)},
+        "memory_estimate": {**asdict(memory), "total_bytes": memory.total_bytes},
+        "warnings": preparation.warnings,
+        "config": preparation.recipe.model_dump(mode="json"),
+    }
+
+
+def memory_text(preparation: Preparation) -> str:
+    """The memory estimate as lines."""
+    memory = estimate_memory(preparation.recipe, preparation.shape)
+    cache = memory.engine_cache_bytes
+    parts = [
+        ("weights", memory.weights_bytes),
+        ("gradients (fp32)", memory.gradients_bytes),
+        ("Adam state (fp32)", memory.optimizer_bytes),
+        ("reference", memory.reference_bytes),
+        ("engine weights", memory.engine_weights_bytes),
+        ("engine key-value cache", cache),
+        ("together, without activations", memory.total_bytes),
+    ]
+    lines = [f"  {name:<30} {_mib(value)}" for name, value in parts]
+    return "\n".join([f"memory per rank, an estimate ({memory.parameters:,} parameters):", *lines])
+
+
+def _mib(value: int | None) -> str:
+    return "the engine decides" if value is None else f"{value / 2**20:12,.1f} MiB"

@@ -1,0 +1,127 @@
+"""The jobs a rank can be given: train, evaluate, export. Heavy imports happen inside, under a visible phase."""
+
+import json
+import math
+import os
+import shlex
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_klrl.config.describe import kl_text, kl_verdict, layout_text, objective_text
+from megatron_klrl.config.load import load_recipe
+from megatron_klrl.config.recipe import ParallelSection, Recipe
+from megatron_klrl.errors import WorkError
+from megatron_klrl.runtime.logs import log_file, stderr_into
+from megatron_klrl.tracking.console import RunConsole
+
+if TYPE_CHECKING:
+    from megatron_klrl.build import Site
+    from megatron_klrl.loop.parts import Parts
+
+
+def train_rank(recipe: Recipe, run_dir: Path, resume: bool) -> None:
+    """Train on this rank, from the model folder or the newest checkpoint, to the export of the result."""
+    rank = _rank()
+    console = RunConsole(steps=recipe.loop.steps, quiet=rank != 0)
+    with _stderr_into(log_file(run_dir, rank)):
+        with console.phase("import torch and Megatron-Core"):
+            from megatron_klrl import build  # noqa: PLC0415  9 s of imports, under a phase that says so
+            from megatron_klrl.loop.run import Run  # noqa: PLC0415
+        with build.site(recipe) as place:
+            parts = _parts(recipe, place, console)
+            run = Run(parts, run_dir, console=console, tokenizer=place.tokenizer, source=place.folder, resume=resume)
+            run.train()
+            with console.phase("export to Hugging Face folder"):
+                exported = run.export()
+            run.finish(exported, facts=_facts(recipe, place))
+            parts.engine.close()
+    console.say(f"run directory  {run_dir}")
+    console.say(f"watch it with  tensorboard --logdir {run_dir / 'tensorboard'}")
+
+
+def eval_rank(recipe: Recipe, checkpoint: Path | None, hf: Path | None, as_json: bool) -> None:
+    """Evaluate a checkpoint, a Hugging Face folder, or the recipe's own model; rank 0 prints.
+
+    Raises:
+        WorkError: the recipe has no evaluation set.
+    """
+    if hf is not None:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(hf)})})
+    if not recipe.data.eval:
+        raise WorkError("the recipe has no evaluation set: add one under data.eval")
+    console = RunConsole(steps=0, quiet=_rank() != 0 or as_json)
+    with _stderr_into(Path(os.devnull)):
+        with console.phase("import torch and Megatron-Core"):
+            from megatron_klrl import build  # noqa: PLC0415
+            from megatron_klrl.loop.evaluation import evaluate  # noqa: PLC0415
+        with build.site(recipe) as place:
+            parts = _parts(recipe, place, console)
+            if checkpoint is not None:
+                parts.trainer.load(checkpoint)
+                parts.engine.update_weights(parts.trainer.export_weights(), version=1)
+            found = evaluate(parts)
+            parts.engine.close()
+    if _rank() == 0:
+        _print_evaluation(found, recipe, as_json=as_json)
+
+
+def export_checkpoint(checkpoint: Path, to: Path) -> None:
+    """Write a checkpoint's policy as a Hugging Face folder, in this process alone."""
+    with _stderr_into(Path(os.devnull)):
+        from megatron_klrl import build  # noqa: PLC0415
+        from megatron_klrl.loop.checkpoints import recipe_file  # noqa: PLC0415
+        from megatron_klrl.loop.export import write_hf_folder  # noqa: PLC0415
+
+        recipe = load_recipe(recipe_file(checkpoint), [])
+        with build.site(recipe.model_copy(update={"parallel": ParallelSection()})) as place:
+            weights = build.checkpoint_weights(recipe, place, checkpoint)
+            write_hf_folder(weights, source=place.folder, to=to, writes=True)
+
+
+def _parts(recipe: Recipe, place: "Site", console: RunConsole) -> "Parts":
+    from megatron_klrl import build  # noqa: PLC0415
+
+    with console.phase("Megatron-Core: model, reference, optimizer"):
+        trainer = build.build_trainer(recipe, place)
+    with console.phase("vLLM: import and start (first start on a machine takes longer)"):
+        engine = build.build_engine(recipe, place)
+    return build.build_parts(recipe, place, trainer=trainer, engine=engine)
+
+
+def _facts(recipe: Recipe, place: "Site") -> dict[str, str]:
+    return {
+        "objective": objective_text(recipe),
+        "KL": kl_text(recipe),
+        "KL verdict": kl_verdict(recipe),
+        "model": recipe.model.path,
+        "layout": layout_text(recipe, world_size=place.world.size),
+        "command": shlex.join(["klrl", *sys.argv[1:]]),
+    }
+
+
+def _print_evaluation(found: dict[str, float], recipe: Recipe, *, as_json: bool) -> None:
+    """Accuracy per set with a 95 % interval over prompts."""
+    sets = {}
+    for name, spec in recipe.data.eval.items():
+        mean, stderr = found[f"eval/{name}/accuracy"], found[f"eval/{name}/stderr"]
+        half = 1.96 * stderr if math.isfinite(stderr) else None
+        interval = None if half is None else [max(0.0, mean - half), min(1.0, mean + half)]
+        sets[name] = {"accuracy": mean, "interval_95": interval, "prompts": spec.prompts, "samples": spec.samples}
+    if as_json:
+        sys.stdout.write(json.dumps(sets, indent=2) + "\n")
+        return
+    for name, row in sets.items():
+        interval = row["interval_95"]
+        text = "" if interval is None else f"   95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
+        sys.stdout.write(f"{name:>12}  accuracy {row['accuracy']:.3f}{text}   ({row['prompts']} x {row['samples']})\n")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _stderr_into(file: Path) -> AbstractContextManager[None]:
+    """Libraries' chatter goes to the log, unless the user wants to see it: KLRL_STDERR=1."""
+    return nullcontext() if os.environ.get("KLRL_STDERR") == "1" else stderr_into(file)

@@ -1,0 +1,1 @@
+"""The loop: one train step, evaluation, what a run leaves behind."""

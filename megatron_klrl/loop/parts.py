@@ -1,0 +1,84 @@
+"""The parts that a run is made of, as the loop sees them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_klrl.batch import RolloutBatch, TokenScores, TrainBatch
+from megatron_klrl.config.recipe import Recipe
+from megatron_klrl.generation.engine import GenerationEngine
+from megatron_klrl.losses.policy_loss import PolicyLoss
+from megatron_klrl.runtime.timers import Timers
+from megatron_klrl.runtime.world import World
+from megatron_klrl.tasks.task import Task
+
+
+class Update(Protocol):
+    """What an optimizer step reports."""
+
+    grad_norm: float
+    lr: float
+
+
+class TrainEngine(Protocol):
+    """Scores batches, takes gradients, steps, streams weights. Every method is collective over all ranks."""
+
+    step: int
+
+    def score(self, batch: RolloutBatch) -> TokenScores:
+        """Forward passes of policy and reference, without gradient."""
+        ...
+
+    def forward_backward(self, batch: TrainBatch, loss: PolicyLoss) -> float:
+        """Accumulate the gradient of the whole batch; its loss."""
+        ...
+
+    def optim_step(self) -> Update:
+        """Clip and step."""
+        ...
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face-named full tensors, streamed to every rank."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read model and optimizer back, from any layout."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTask:
+    """One evaluation set.
+
+    Attributes:
+        task: prompts and verifier.
+        prompts: how many of its prompts.
+        samples: completions of each.
+        temperature: of sampling; 0 is greedy.
+    """
+
+    task: Task
+    prompts: int
+    samples: int
+    temperature: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything a run needs, built once by build.py."""
+
+    recipe: Recipe
+    world: World
+    trainer: TrainEngine
+    engine: GenerationEngine
+    task: Task
+    evaluation: Mapping[str, EvalTask]
+    stop_ids: tuple[int, ...]
+    timers: Timers

@@ -1,0 +1,100 @@
+"""What a run leaves in its directory, written by rank 0 alone."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_klrl.errors import WorkError
+from megatron_klrl.loop.optimum import OptimumReport, Point
+from megatron_klrl.metrics.names import known
+from megatron_klrl.tracking.card import Card
+from megatron_klrl.tracking.console import RunConsole
+from megatron_klrl.tracking.jsonl import MetricsFile, write_samples
+from megatron_klrl.tracking.tensorboard import TensorBoardWriter
+
+
+class RunRecord:
+    """metrics.jsonl, tensorboard/, rollouts/, card.md and the terminal."""
+
+    def __init__(self, run_dir: Path, *, steps: int, first_step: int, console: RunConsole) -> None:
+        """Open the files of a run.
+
+        Args:
+            run_dir: of the run.
+            steps: of the whole run.
+            first_step: finished steps; what an earlier start wrote after them is replaced.
+            console: of rank 0.
+        """
+        self.run_dir, self._steps, self.console = run_dir, steps, console
+        self._file = MetricsFile(run_dir / "metrics.jsonl", keep_before=first_step + 1)
+        purge = first_step + 1 if first_step else None
+        self._board = TensorBoardWriter(run_dir / "tensorboard", purge_step=purge)
+
+    def step(self, step: int, values: Mapping[str, float], evaluation: Mapping[str, float]) -> None:
+        """One finished step, 1-based, with the evaluation of the policy after it, if there was one."""
+        merged = {**values, **evaluation}
+        unknown = [name for name in merged if not known(name)]
+        if unknown:
+            raise WorkError(f"metrics without a definition in metrics/names.py: {unknown}")
+        self._file.write(step, merged)
+        self._board.write(step, merged)
+        if values:
+            self.console.step(step, values)
+        if evaluation:
+            self.console.evaluation(step, evaluation)
+
+    def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """A few samples of one step."""
+        write_samples(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", samples)
+
+    def card(self, card: Card) -> None:
+        """The run card, on disk and in TensorBoard."""
+        text = card.render()
+        (self.run_dir / "card.md").write_text(text)
+        self._board.text("card", text, step=self._steps)
+
+    def optimum(self, report: OptimumReport) -> None:
+        """Reached and optimal side by side, on disk and on the terminal."""
+        (self.run_dir / "optimum.json").write_text(json.dumps(as_json(report), indent=2) + "\n")
+        for line in optimum_lines(report):
+            self.console.say(line)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        self._board.close()
+
+
+def as_json(report: OptimumReport) -> dict[str, Any]:
+    """The report as plain values."""
+    return {
+        "beta": report.beta,
+        "prompts": report.prompts,
+        "samples": report.samples,
+        "unsolved": report.unsolved,
+        **{name: _point(getattr(report, name)) for name in ("start", "reached", "optimal")},
+    }
+
+
+def point_text(point: Point) -> str:
+    """One line for the run card."""
+    return f"accuracy {point.accuracy:.3f}, KL {point.kl:.3f} nats, J {point.objective:.3f}"
+
+
+def _point(point: Point) -> dict[str, float]:
+    return {"accuracy": point.accuracy, "kl": point.kl, "objective": point.objective}
+
+
+def optimum_lines(report: OptimumReport) -> list[str]:
+    """A small table for the terminal."""
+    lines = [
+        f"[bold]Objective J = E\\[R] - {report.beta:g} KL(policy || reference), "
+        f"{report.prompts} prompts x {report.samples} samples",
+        f"{'':>22}{'accuracy':>10}{'KL nats':>10}{'J':>10}",
+    ]
+    rows = (("start (reference)", report.start), ("reached", report.reached), ("optimum, closed form", report.optimal))
+    lines += [f"{name:>22}{p.accuracy:>10.3f}{p.kl:>10.3f}{p.objective:>10.3f}" for name, p in rows]
+    if report.unsolved:
+        lines.append(f"  ({report.unsolved} prompts were never solved by the reference: their optimum counts as 0)")
+    return lines

@@ -1,0 +1,83 @@
+"""The one train step."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_klrl.batch import RolloutBatch, TokenScores, TrainBatch
+from megatron_klrl.config.recipe import Recipe
+from megatron_klrl.errors import WorkError
+from megatron_klrl.kl.config import KLConfig, Placement
+from megatron_klrl.kl.surrogate import loss_terms, reward_advantages
+from megatron_klrl.loop.parts import Parts
+from megatron_klrl.losses.policy_loss import PolicyLoss
+from megatron_klrl.metrics import step as step_metrics
+from megatron_klrl.rl.advantages import rloo
+from megatron_klrl.rl.aggregation import AGGREGATIONS
+
+
+def train_on(batch: RolloutBatch, parts: Parts) -> tuple[dict[str, float], TokenScores]:
+    """Score a batch, take the gradient of the objective on it, and step.
+
+    Returns:
+        The step's metrics (times excluded) and the scores they come from.
+
+    Raises:
+        WorkError: the loss or the gradient is not finite.
+    """
+    with parts.timers.span("score"):
+        scores = parts.trainer.score(batch)
+    recipe = parts.recipe
+    metrics = step_metrics.of_scores(batch, scores) | {"kl/beta": recipe.kl.beta, "policy/clip_fraction": 0.0}
+    with parts.timers.span("train"):
+        loss = parts.trainer.forward_backward(assemble(batch, scores, recipe), policy_loss(recipe, batch.tokens.shape[0]))
+        update = parts.trainer.optim_step()
+    metrics |= {"policy/loss": loss, "grad/norm": update.grad_norm, "policy/lr": update.lr}
+    broken = [name for name, value in metrics.items() if not torch.isfinite(torch.tensor(value))]
+    if broken:
+        raise WorkError(f"{', '.join(broken)} not finite at optimizer step {parts.trainer.step}")
+    return metrics, scores
+
+
+def assemble(batch: RolloutBatch, scores: TokenScores, recipe: Recipe) -> TrainBatch:
+    """Advantages of the reward and of the KL's reward side, each by its own rule, for one update."""
+    mask = batch.response_mask
+    advantages = rloo(batch.rewards, group_size=recipe.loop.group_size)
+    return TrainBatch(
+        tokens=batch.tokens,
+        response_mask=mask,
+        advantages=advantages.unsqueeze(-1).expand_as(scores.old_logprobs).where(mask, 0.0),
+        token_weights=AGGREGATIONS[recipe.algorithm.aggregation](mask),
+        kl_advantages=_kl_advantages(batch, scores, recipe),
+        ref_logprobs=scores.ref_logprobs,
+        rollout_logprobs=batch.rollout_logprobs,
+    )
+
+
+def policy_loss(recipe: Recipe, num_sequences: int) -> PolicyLoss:
+    """The loss of one update over ``num_sequences`` sequences."""
+    kl = recipe.kl
+    has_loss_side = kl.beta > 0 and kl.placement is not Placement.REWARD
+    return PolicyLoss(num_sequences=num_sequences, loss_side_kl=partial(_loss_side, config=kl) if has_loss_side else None)
+
+
+def _kl_advantages(batch: RolloutBatch, scores: TokenScores, recipe: Recipe) -> Tensor:
+    if recipe.kl.beta == 0 or recipe.kl.placement is Placement.LOSS:
+        return torch.zeros_like(scores.old_logprobs)
+    # the penalty is that of the current policy: nothing has stepped since old_logprobs were taken
+    return reward_advantages(
+        scores.old_logprobs,
+        scores.ref_logprobs,
+        batch.response_mask,
+        config=recipe.kl,
+        group_size=recipe.loop.group_size,
+        rollout_logprobs=batch.rollout_logprobs,
+        full_kl=scores.full_kl,
+    )
+
+
+def _loss_side(logprobs: Tensor, rows: TrainBatch, *, config: KLConfig) -> Tensor:
+    return loss_terms(
+        logprobs, rows.ref_logprobs, rows.response_mask, config=config, rollout_logprobs=rows.rollout_logprobs
+    )

@@ -1,0 +1,42 @@
+"""What one microbatch adds to the loss of the update."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_klrl.batch import TrainBatch
+
+LossSideKL = Callable[[Tensor, TrainBatch], Tensor]
+"""``(logprobs, rows) -> [B, S]``: the loss side of the KL, beta included, differentiable; zero where masked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyLoss:
+    """REINFORCE on the task reward, plus the KL term: summed over tokens, averaged over the sequences of the whole batch.
+
+    Minimised. Its gradient, summed over all microbatches and ranks, is in expectation
+    ``-grad E[R]`` (with ``sequence_sum`` aggregation) plus whatever the KL configuration's catalogue row states.
+
+    Attributes:
+        num_sequences: sequences of the whole update, over all ranks: the KL's denominator.
+        loss_side_kl: the loss side of the KL configuration, or None when it has none.
+    """
+
+    num_sequences: int
+    loss_side_kl: LossSideKL | None = None
+
+    def __call__(self, logprobs: Tensor, rows: TrainBatch) -> Tensor:
+        """The scalar this microbatch contributes.
+
+        Args:
+            logprobs: ``[B, S]`` current policy, with gradient.
+            rows: the microbatch.
+        """
+        mask = rows.response_mask
+        taken = logprobs.where(mask, 0.0)
+        policy = -(rows.token_weights * rows.advantages * taken).sum()
+        kl = -(rows.kl_advantages * taken).sum()
+        if self.loss_side_kl is not None:
+            kl = kl + self.loss_side_kl(logprobs, rows).sum()
+        return policy + kl / self.num_sequences

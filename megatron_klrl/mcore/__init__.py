@@ -1,0 +1,1 @@
+"""Megatron-Core: the only package that imports megatron."""

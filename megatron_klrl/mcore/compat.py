@@ -1,0 +1,131 @@
+"""Everything that Megatron-Core 0.19 needs beyond configuration flags, and nothing else.
+
+Two parts. ``run_on_cpu`` lets unmodified Megatron classes run without CUDA; it does nothing where CUDA is available.
+The ``torch_adam_*`` functions work around two upstream bugs that show wherever neither Transformer Engine nor Apex
+provides Adam, on any device; each names the upstream cause and the condition under which it can go.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def run_on_cpu() -> bool:
+    """Make requests for a CUDA device mean the CPU, for the life of this process.
+
+    Returns:
+        True when this process now runs (or already ran) Megatron on CPU; False where CUDA is available.
+    """
+    if torch.cuda.is_available():
+        return False
+    if not _CudaMeansCpu.entered:
+        _replace_cuda_functions()
+        _CudaMeansCpu().__enter__()
+    return True
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites explicit requests for CUDA. A public torch mechanism: no class of Megatron changes.
+
+    CPU backward runs in the calling thread, so autograd hooks (DDP, recompute) see the mode too.
+    """
+
+    entered = False
+
+    def __enter__(self) -> "_CudaMeansCpu":
+        _CudaMeansCpu.entered = True
+        return super().__enter__()
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU  # optimizer.py, clip_grads.py, schedules.py create scalars on "cuda"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False  # rope_utils.py pins under context parallelism; pinning needs a driver
+        if func is torch.Tensor.cuda:
+            return args[0]  # language_module.py moves the tied embedding, distrib_optimizer.py its shards
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # optimizer.py, distrib_optimizer.py and clip_grads.py compare type() with "torch.cuda.FloatTensor"
+            return result.replace("torch.", "torch.cuda.", 1) if not result.startswith("torch.cuda.") else result
+        return result
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _DoneStream:
+    """The only stream of a CPU: what was put on it is always done."""
+
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event
+
+    def query(self) -> bool:
+        return True
+
+
+def _replace_cuda_functions() -> None:
+    """Give the ``torch.cuda`` functions that Megatron calls without asking a CPU meaning."""
+    import megatron.core.tensor_parallel.random as megatron_random  # noqa: PLC0415  heavy, and only wanted on CPU
+
+    stream = _DoneStream()
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU  # then `device=torch.cuda.current_device()` just works
+    cuda.current_stream = lambda device=None: stream  # param_and_grad_buffer.py waits before it reduces
+    cuda.synchronize = lambda device=None: None  # p2p_communication.py after batched sends
+    # Per-rank random streams live in the default generator. Left alone, torch queues these calls for a CUDA start that
+    # never comes, and every tensor-parallel rank silently draws the same numbers.
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.default_generator.get_state()
+    # Megatron's own setter writes to torch.cuda.default_generators, which is empty here
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.default_generator.set_state(
+        state
+    )
+
+
+def torch_adam_prepare_load(optimizer: Any) -> None:
+    """Let a fresh distributed optimizer describe and load its state.
+
+    Upstream cause (megatron-core 0.19.2, distrib_optimizer.py): ``sharded_state_dict`` asserts that exactly one Adam step
+    is known, but torch's Adam has no state before its first step; and the loader walks torch's own "step" tensor as if it
+    were a sharded moment (KeyError 'step'). A None entry is what the loader skips.
+    Can go when ``tests/mcore/test_compat.py::test_distributed_optimizer_loads_torch_adam`` passes without this call.
+    """
+    for part in _parts(optimizer):
+        if not hasattr(part, "_set_main_param_and_optimizer_states"):
+            continue
+        part._init_optimizer_states_with_dummy_values()
+        original = part._set_main_param_and_optimizer_states
+        part._set_main_param_and_optimizer_states = lambda param, tensors, _set=original: _set(
+            param, {"step": None, **tensors}
+        )
+
+
+def torch_adam_finish_load(optimizer: Any) -> None:
+    """Give each parameter its own Adam step counter after a load.
+
+    Upstream cause (megatron-core 0.19.2, distrib_optimizer.py): after loading, all parameters share one "step" tensor, and
+    torch's Adam increments it once per parameter, so bias correction is silently wrong from the second step on.
+    Can go when ``tests/mcore/test_compat.py::test_adam_steps_are_not_shared_after_load`` passes without this call.
+    """
+    for part in _parts(optimizer):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def _parts(optimizer: Any) -> Iterator[Any]:
+    yield from getattr(optimizer, "chained_optimizers", [optimizer])

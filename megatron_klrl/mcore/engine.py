@@ -1,0 +1,268 @@
+"""The training engine: one policy, at most one reference, in any Megatron layout."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_klrl.batch import RolloutBatch, TokenScores, TrainBatch, padding_rows
+from megatron_klrl.config.model_folder import ModelShape
+from megatron_klrl.losses.policy_loss import PolicyLoss
+from megatron_klrl.mcore import checkpoint, conversion, loss_scaling, passes
+from megatron_klrl.mcore.groups import ProcessGroups
+from megatron_klrl.mcore.model import build_model, padded_vocab_size, transformer_config, unwrap
+from megatron_klrl.runtime.world import World
+from megatron_klrl.vocab_parallel.divergence import entropy, full_kl
+from megatron_klrl.vocab_parallel.logprobs import token_logprobs
+from megatron_klrl.vocab_parallel.shard import VocabShard
+
+_SCORE_WINDOW = 4
+"""Microbatches per pipeline stage whose reference logits are alive at once while scoring."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """Adam with a constant learning rate after a linear warm-up."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip_grad: float
+    warmup_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """What one optimizer step did.
+
+    Attributes:
+        grad_norm: L2 norm of the whole gradient before clipping.
+        lr: learning rate the step was taken with.
+    """
+
+    grad_norm: float
+    lr: float
+
+
+class MegatronEngine:
+    """Scores batches, takes gradients, steps, and streams its weights out.
+
+    Order of one update: ``score`` (any number of times), ``forward_backward``, ``optim_step``, ``export_weights``.
+    Every method is collective: all ranks call it with the same batch, which each cuts for itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        groups: ProcessGroups,
+        shape: ModelShape,
+        folder: Path,
+        dtype: torch.dtype,
+        sequence_parallel: bool,
+        optimizer: OptimizerSettings,
+        micro_batch_size: int,
+        temperature: float,
+        with_reference: bool,
+    ) -> None:
+        self.world, self.groups, self.shape = world, groups, shape
+        self._folder, self._dtype, self._sequence_parallel = folder, dtype, sequence_parallel
+        self._micro_batch_size, self._temperature, self._settings = micro_batch_size, temperature, optimizer
+        columns = padded_vocab_size(shape.vocab_size, groups.tp.size()) // groups.tp.size()
+        start = columns * groups.tp.rank()
+        self.shard = VocabShard(start=start, size=min(columns, shape.vocab_size - start), group=groups.tp)
+        self.reference = self._plain_model() if with_reference else None
+        self.model, self.optimizer = self._trained_model()
+        self.step = 0
+
+    # -- scoring ---------------------------------------------------------------------------------------------------
+
+    def score(self, batch: RolloutBatch) -> TokenScores:
+        """Forward passes of policy and reference over a batch, without gradient; the same result on every rank."""
+        rows, count = self._local_rows(batch)
+        found = [self._score_window(window) for window in self._windows(rows)]
+        kinds = 4 if self.reference is not None else 2
+        size = (kinds, rows.tokens.shape[0], rows.tokens.shape[1] - 1)
+        local = torch.cat([part for part in found if part is not None], 1) if self.groups.is_last_stage else None
+        stacked = passes.share_from_last_stage(local, size, groups=self.groups, device=self.world.device)
+        stacked = passes.gather_rows(stacked.transpose(0, 1).contiguous(), groups=self.groups)[:count]
+        names = ("old_logprobs", "entropy", "ref_logprobs", "full_kl")
+        return TokenScores(**{name: stacked[:, kind] for kind, name in enumerate(names[:kinds])})
+
+    def _score_window(self, window: list[RolloutBatch]) -> Tensor | None:
+        ref_logits = iter(self._forward(self.reference, window) if self.reference is not None else ())
+
+        def on_logits(rows: RolloutBatch, logits: Tensor) -> Tensor:
+            found = [self._logprobs(rows, logits), entropy(logits, shard=self.shard, temperature=self._temperature)]
+            if self.reference is not None:
+                theirs = next(ref_logits)
+                found += [
+                    self._logprobs(rows, theirs),
+                    full_kl(logits, theirs, shard=self.shard, temperature=self._temperature),
+                ]
+            return torch.stack([f.where(rows.response_mask, 0.0) for f in found])
+
+        parts = passes.run(self.model, window, tokens=lambda m: m.tokens, on_logits=on_logits, mode=passes.Mode.FORWARD)
+        return torch.cat(parts, 1) if parts else None
+
+    def _forward(self, model: Any, window: list[RolloutBatch]) -> list[Tensor]:
+        return passes.run(
+            model, window, tokens=lambda m: m.tokens, on_logits=lambda _, logits: logits, mode=passes.Mode.FORWARD
+        )
+
+    def _logprobs(self, rows: Any, logits: Tensor) -> Tensor:
+        return token_logprobs(logits, rows.tokens[:, 1:], shard=self.shard, temperature=self._temperature)
+
+    def _windows(self, rows: RolloutBatch) -> Iterator[list[RolloutBatch]]:
+        microbatches = self._split(rows)
+        size = _SCORE_WINDOW * self.groups.pp.size()
+        for start in range(0, len(microbatches), size):
+            yield microbatches[start : start + size]
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def forward_backward(self, batch: TrainBatch, loss: PolicyLoss, *, keep_whole_gradient: bool = False) -> float:
+        """Take the gradient of the whole batch's loss, reduced over the layout.
+
+        Args:
+            batch: the same on every rank.
+            loss: its denominators count the whole batch.
+            keep_whole_gradient: leave the whole gradient on every data-parallel rank, for ``export_gradients``; the
+                optimizer needs no more than each rank's share.
+
+        Returns:
+            The loss of the whole batch, on every rank.
+        """
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        rows, _ = self._local_rows(batch)
+
+        def on_logits(microbatch: TrainBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            value = loss(self._logprobs(microbatch, logits), microbatch)
+            return loss_scaling.complete(value, {"loss": value.detach()})
+
+        reports = passes.run(
+            self.model,
+            self._split(rows),
+            tokens=lambda m: m.tokens,
+            on_logits=on_logits,
+            mode=passes.Mode.TRAIN_WHOLE_GRADIENT if keep_whole_gradient else passes.Mode.TRAIN,
+        )
+        local = torch.stack([r["loss"] for r in reports]).sum().view(1) if reports else None
+        total = passes.share_from_last_stage(local, (1,), groups=self.groups, device=self.world.device)
+        return float(passes.gather_rows(total, groups=self.groups).sum())
+
+    def optim_step(self) -> UpdateReport:
+        """Clip, step Adam, count the step."""
+        lr = self._settings.lr * min(1.0, (self.step + 1) / max(1, self._settings.warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        _, grad_norm, _ = self.optimizer.step()
+        self.step += 1
+        return UpdateReport(grad_norm=float(grad_norm), lr=lr)
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Stream the policy's weights under Hugging Face names to every rank; consume to the end on all of them."""
+        return conversion.export_hf(unwrap(self.model), shape=self.shape, groups=self.groups)
+
+    def export_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Stream the reduced gradient of the last ``forward_backward(keep_whole_gradient=True)``, float32."""
+        return conversion.export_hf(
+            unwrap(self.model), shape=self.shape, groups=self.groups, value=lambda parameter: parameter.main_grad
+        )
+
+    def load_weights(self, folder: Path) -> None:
+        """Replace the policy's weights by those of a Hugging Face folder; the optimizer's main copies follow."""
+        conversion.load_hf(unwrap(self.model), folder, shape=self.shape, groups=self.groups)
+        self.optimizer.reload_model_params()
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer to an existing, empty folder."""
+        checkpoint.save(folder, self.model, self.optimizer, groups=self.groups)
+
+    def load(self, folder: Path) -> None:
+        """Read model and optimizer back, whatever layout wrote them."""
+        checkpoint.load(folder, self.model, self.optimizer, groups=self.groups)
+
+    # -- construction ----------------------------------------------------------------------------------------------
+
+    def _plain_model(self) -> Any:
+        return plain_model(
+            self.shape,
+            self._folder,
+            groups=self.groups,
+            dtype=self._dtype,
+            device=self.world.device,
+            sequence_parallel=self._sequence_parallel,
+        )
+
+    def _trained_model(self) -> tuple[DistributedDataParallel, Any]:
+        model = self._plain_model()
+        config = model.config
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=True
+        )
+        wrapped = DistributedDataParallel(config, ddp, model)
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=self._settings.lr,
+                adam_beta1=self._settings.betas[0],
+                adam_beta2=self._settings.betas[1],
+                adam_eps=self._settings.eps,
+                weight_decay=self._settings.weight_decay,
+                clip_grad=self._settings.clip_grad,
+                bf16=self._dtype == torch.bfloat16,
+                params_dtype=self._dtype,
+                use_distributed_optimizer=True,
+            ),
+            [wrapped],
+            use_gloo_process_groups=self.world.device.type == "cuda",
+        )
+        config.finalize_model_grads_func = loss_scaling.finalize
+        config.grad_scale_func = optimizer.scale_loss
+        config.no_sync_func = wrapped.no_sync
+        return wrapped, optimizer
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def _local_rows[B: (RolloutBatch, TrainBatch)](self, batch: B) -> tuple[B, int]:
+        """This data-parallel rank's rows, blank rows added so that all ranks hold the same whole microbatches."""
+        count = batch.tokens.shape[0]
+        per_rank = -(-count // (self.groups.dp.size() * self._micro_batch_size)) * self._micro_batch_size
+        missing = per_rank * self.groups.dp.size() - count
+        if missing:
+            batch = batch.rows(padding_rows(batch, missing))
+            batch.response_mask[count:] = False
+        start = per_rank * self.groups.dp.rank()
+        return batch.rows(slice(start, start + per_rank)), count
+
+    def _split[B: (RolloutBatch, TrainBatch)](self, rows: B) -> list[B]:
+        size = self._micro_batch_size
+        return [rows.rows(slice(start, start + size)) for start in range(0, rows.tokens.shape[0], size)]
+
+
+def plain_model(
+    shape: ModelShape,
+    folder: Path,
+    *,
+    groups: ProcessGroups,
+    dtype: torch.dtype,
+    device: torch.device,
+    sequence_parallel: bool = False,
+) -> Any:
+    """This rank's part of a model with the weights of a Hugging Face folder; no gradients are reduced or applied."""
+    config = transformer_config(shape, groups=groups, dtype=dtype, sequence_parallel=sequence_parallel)
+    built = build_model(shape, config, groups=groups, max_sequence_length=shape.max_position_embeddings)
+    model = built.to(device)
+    conversion.load_hf(model, folder, shape=shape, groups=groups)
+    return Float16Module(config, model) if dtype == torch.bfloat16 else model

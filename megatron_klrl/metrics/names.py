@@ -1,0 +1,58 @@
+"""Every metric: its name in metrics.jsonl and in TensorBoard, its unit, and what it says. One place for both."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        name: also its TensorBoard tag; ``<name>`` stands for an evaluation set.
+        unit: of the value.
+        meaning: definition; "sequence" means the sum over response tokens, averaged over sequences.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+
+
+METRICS = (
+    Metric("reward/mean", "reward", "mean task reward of the step's completions, KL not included"),
+    Metric("reward/std", "reward", "standard deviation of the task reward over the step's completions"),
+    Metric("response/length_mean", "tokens", "mean response length, end-of-sequence token included"),
+    Metric("kl/k1", "nats per sequence", "k1 estimate of KL(policy || reference); unbiased, can be negative"),
+    Metric("kl/k3", "nats per sequence", "k3 estimate of KL(policy || reference); unbiased, never negative"),
+    Metric("kl/exact", "nats per sequence", "full-vocabulary KL at each visited position, summed: the least noisy estimate"),
+    Metric("kl/p95", "nats per token", "95th percentile over response tokens of the full-vocabulary KL"),
+    Metric("kl/max", "nats per token", "maximum over response tokens of the full-vocabulary KL"),
+    Metric("kl/beta", "reward per nat", "weight of the KL in the objective"),
+    Metric("objective/mean", "reward", "reward/mean - kl/beta * kl/exact: the objective that is maximised"),
+    Metric("policy/entropy", "nats per token", "mean entropy of the policy over response tokens"),
+    Metric("policy/clip_fraction", "fraction", "tokens whose policy gradient is clipped away; 0 under reinforce"),
+    Metric("policy/loss", "reward", "value of the minimised loss; its gradient matters, not its level"),
+    Metric("policy/lr", "1", "learning rate of the step"),
+    Metric("grad/norm", "1", "L2 norm of the whole gradient before clipping"),
+    Metric("mismatch/logprob_abs_mean", "nats per token", "mean |old_logprobs - rollout_logprobs|: trainer against engine"),
+    Metric("mismatch/kl", "nats per token", "k3 estimate of KL(engine || trainer) on the engine's samples"),
+    Metric("mismatch/prob_ratio_mean", "1", "mean of trainer probability over engine probability of the sampled tokens"),
+    Metric("staleness/mean", "versions", "mean of weight version trained minus weight version sampled"),
+    Metric("staleness/max", "versions", "its maximum"),
+    Metric("time/generate_s", "s", "sampling, verification included"),
+    Metric("time/score_s", "s", "forward passes of policy and reference"),
+    Metric("time/train_s", "s", "forward, backward and optimizer step"),
+    Metric("time/sync_s", "s", "pushing the weights into the engine"),
+    Metric("time/step_s", "s", "the whole step, evaluation and checkpoints excluded"),
+    Metric("throughput/tokens_per_s", "tokens/s", "response tokens of the step over time/step_s"),
+    Metric("memory/peak_gib", "GiB", "peak of rank 0: device memory on CUDA, resident memory of the process on CPU"),
+    Metric("eval/<name>/accuracy", "fraction", "mean reward of the current policy on an evaluation set"),
+    Metric("eval/<name>/stderr", "fraction", "standard error of that mean, prompts taken as independent"),
+)
+
+
+def known(name: str) -> bool:
+    """Whether a logged name is defined here."""
+    if name.startswith("eval/"):
+        return name.rsplit("/", 1)[-1] in {"accuracy", "stderr"}
+    return any(metric.name == name for metric in METRICS)

@@ -1,0 +1,55 @@
+"""The metrics of one step, from its tensors."""
+
+import torch
+from torch import Tensor
+
+from megatron_klrl.batch import RolloutBatch, TokenScores
+from megatron_klrl.kl.estimators import k1, k3
+
+
+def of_rollouts(batch: RolloutBatch, *, weight_version: int) -> dict[str, float]:
+    """Reward, length and staleness of what was sampled."""
+    staleness = (weight_version - batch.weight_version).float()
+    return {
+        "reward/mean": float(batch.rewards.mean()),
+        "reward/std": float(batch.rewards.std(correction=0)),
+        "response/length_mean": float(batch.lengths.float().mean()),
+        "staleness/mean": float(staleness.mean()),
+        "staleness/max": float(staleness.max()),
+    }
+
+
+def of_scores(batch: RolloutBatch, scores: TokenScores) -> dict[str, float]:
+    """Entropy, trainer-engine mismatch, and the distance from the reference where there is one."""
+    mask = batch.response_mask
+    gap = (scores.old_logprobs - batch.rollout_logprobs)[mask]
+    found = {
+        "policy/entropy": float(scores.entropy[mask].mean()),
+        "mismatch/logprob_abs_mean": float(gap.abs().mean()),
+        "mismatch/kl": float((torch.expm1(gap) - gap).mean()),
+        "mismatch/prob_ratio_mean": float(gap.exp().mean()),
+    }
+    if scores.ref_logprobs is not None and scores.full_kl is not None:
+        found |= _distance(scores.old_logprobs, scores.ref_logprobs, scores.full_kl, mask)
+    return found
+
+
+def _distance(logprobs: Tensor, ref_logprobs: Tensor, full_kl: Tensor, mask: Tensor) -> dict[str, float]:
+    per_token = full_kl[mask]
+    return {
+        "kl/k1": per_sequence(k1(logprobs, ref_logprobs), mask),
+        "kl/k3": per_sequence(k3(logprobs, ref_logprobs), mask),
+        "kl/exact": per_sequence(full_kl, mask),
+        "kl/p95": float(per_token.quantile(0.95)) if per_token.numel() <= 2**24 else float(_p95_of_many(per_token)),
+        "kl/max": float(per_token.max()),
+    }
+
+
+def _p95_of_many(values: Tensor) -> Tensor:
+    """``Tensor.quantile`` refuses more than 2**24 values; the k-th smallest is the same up to interpolation."""
+    return values.kthvalue(int(0.95 * values.numel())).values
+
+
+def per_sequence(per_token: Tensor, mask: Tensor) -> float:
+    """Sum over response tokens, mean over sequences."""
+    return float(per_token.where(mask, 0.0).sum(-1).mean())

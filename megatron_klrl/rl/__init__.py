@@ -1,0 +1,1 @@
+"""Advantages, policy-gradient surrogates and loss aggregation: pure functions on tensors."""

@@ -1,0 +1,1 @@
+"""Where measurements go: files, TensorBoard, the terminal, the run card."""

@@ -1,0 +1,54 @@
+"""Where one rank's columns lie in the vocabulary, and sums over the shards."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabShard:
+    """The columns of the vocabulary that this rank holds.
+
+    Attributes:
+        start: vocabulary index of the first local column.
+        size: number of local columns that are real tokens; columns after them are padding and carry no probability.
+        group: ranks that together hold the vocabulary; None means this rank holds all of it (the oracle).
+    """
+
+    start: int
+    size: int
+    group: dist.ProcessGroup | None = None
+
+    @staticmethod
+    def whole(vocab_size: int) -> "VocabShard":
+        """The single-rank definition that every sharded result must equal."""
+        return VocabShard(start=0, size=vocab_size)
+
+    def real(self, logits: Tensor) -> Tensor:
+        """The local logits without padding columns, float32, ``[..., size]``."""
+        return logits[..., : self.size].float()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over the shards, in place where there is a group."""
+        if self.group is not None:
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def max(self, value: Tensor) -> Tensor:
+        """Maximum over the shards, in place where there is a group."""
+        if self.group is not None:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+        return value
+
+    def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Local column of each label (0 where it lies elsewhere), and whether it lies here."""
+        inside = (labels >= self.start) & (labels < self.start + self.size)
+        return torch.where(inside, labels - self.start, 0), inside
+
+    def softmax_terms(self, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(shift, exponentials, total)`` of the softmax over all shards: shift and total are ``[...]``."""
+        shift = self.max(real.amax(-1))
+        exponentials = torch.exp(real - shift.unsqueeze(-1))
+        return shift, exponentials, self.sum(exponentials.sum(-1))

@@ -1,0 +1,151 @@
+"""Log-probabilities, loss and gradients are the same in every layout, and equal to transformers'."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_klrl.mcore.model import unwrap
+from tests.support.models import FAMILIES, token_logprobs, write_model
+from tests.support.ranks import run_ranks
+from tests.support.trainer import policy_loss, rollout_batch, train_batch, trainer
+
+# float32; sums over 32 wide layers in another order. Log-probabilities here lie in 0..10, gradients in 0..3.
+LOGPROB_ATOL = 2e-5
+# of each tensor's gradient as a whole: single entries can cancel to nearly nothing and keep the rounding of their terms
+GRADIENT_ERROR = 1e-5
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to cut the model."""
+
+    ranks: int
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    micro_batch_size: int = 2
+
+
+LAYOUTS = {
+    "one_rank": Layout(1),
+    "one_microbatch": Layout(1, micro_batch_size=6),
+    "tp2": Layout(2, tensor=2),
+    "pp2": Layout(2, pipeline=2),
+    "dp2": Layout(2, micro_batch_size=1),
+    "dp2_blank_rows": Layout(2, micro_batch_size=4),
+    "tp2_sp": Layout(2, tensor=2, sequence=True),
+    "tp2_pp2": Layout(4, tensor=2, pipeline=2),
+    "tp2_dp2": Layout(4, tensor=2),
+}
+
+
+@dataclass
+class Result:
+    """What a rank reports."""
+
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    full_kl: Tensor
+    loss: float
+    grad_norm: float
+    gradients: dict[str, Tensor]
+    weights_before: dict[str, Tensor]
+
+
+def measure(folder: Path, layout: Layout) -> Result:
+    """Score, take the gradient and one step in a layout."""
+    with trainer(
+        folder,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        sequence=layout.sequence,
+        micro_batch_size=layout.micro_batch_size,
+    ) as engine:
+        batch = rollout_batch()
+        scores = engine.score(batch)
+        before = {name: tensor.clone() for name, tensor in engine.export_weights()}
+        loss = engine.forward_backward(train_batch(batch), policy_loss(batch), keep_whole_gradient=True)
+        gradients = {name: tensor.clone() for name, tensor in engine.export_gradients()}
+        update = engine.optim_step()
+        assert scores.ref_logprobs is not None
+        assert scores.full_kl is not None
+        return Result(
+            old_logprobs=scores.old_logprobs,
+            ref_logprobs=scores.ref_logprobs,
+            full_kl=scores.full_kl,
+            loss=loss,
+            grad_norm=update.grad_norm,
+            gradients=gradients,
+            weights_before=before,
+        )
+
+
+def oracle(folder: Path) -> tuple[Tensor, float, dict[str, Tensor]]:
+    """transformers' log-probabilities, loss and gradients, tied parameters under one name."""
+    batch = rollout_batch()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    logits = model(batch.tokens[:, :-1]).logits
+    logprobs = torch.log_softmax(logits, -1).gather(-1, batch.tokens[:, 1:, None]).squeeze(-1)
+    loss = policy_loss(batch)(logprobs, train_batch(batch))
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logprobs.detach().where(batch.response_mask, 0.0), loss.item(), gradients
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One folder per family."""
+    root = tmp_path_factory.mktemp("models")
+    return {name: write_model(root / name, config) for name, config in FAMILIES.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["qwen3_tied", "llama31_untied"])
+def test_every_layout_equals_transformers(folders: dict[str, Path], family: str, layout: str) -> None:
+    logprobs, loss, gradients = oracle(folders[family])
+    for result in run_ranks(LAYOUTS[layout].ranks, measure, folders[family], LAYOUTS[layout]):
+        torch.testing.assert_close(result.old_logprobs, logprobs, rtol=0, atol=LOGPROB_ATOL)
+        torch.testing.assert_close(result.ref_logprobs, logprobs, rtol=0, atol=LOGPROB_ATOL)
+        assert result.full_kl.abs().max() < 1e-5, "policy and reference are the same model"
+        assert result.loss == pytest.approx(loss, rel=1e-4)
+        assert result.gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            error = (result.gradients[name] - gradient).norm() / gradient.norm()
+            assert error < GRADIENT_ERROR, f"{name}: relative error {error:.1e}"
+        norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+        assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["one_rank", "tp2", "pp2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_folder_in_and_out(folders: dict[str, Path], family: str, layout: str) -> None:
+    """Loading a folder and streaming it out again gives the same tensors bit for bit, and the same log-probabilities."""
+    written = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32).state_dict()
+    batch = rollout_batch()
+    expected = token_logprobs(folders[family], batch.tokens).where(batch.response_mask, 0.0)
+    for result in run_ranks(LAYOUTS[layout].ranks, measure, folders[family], LAYOUTS[layout]):
+        for name, tensor in result.weights_before.items():
+            assert torch.equal(tensor, written[name]), name
+        missing = set(written) - set(result.weights_before)
+        assert missing <= {"lm_head.weight"}, "only a tied head may be left out"
+        torch.testing.assert_close(result.old_logprobs, expected, rtol=0, atol=LOGPROB_ATOL)
+
+
+def rotary_frequencies(folder: Path) -> Tensor:
+    """Megatron's rotary frequencies for a model folder."""
+    with trainer(folder, with_reference=False) as engine:
+        return unwrap(engine.model).rotary_pos_emb.inv_freq
+
+
+def test_llama31_rotary_scaling_equals_transformers(folders: dict[str, Path]) -> None:
+    """Short rows hardly show the scaling of low frequencies, so the frequencies themselves are compared."""
+    model = AutoModelForCausalLM.from_pretrained(folders["llama31_untied"], dtype=torch.float32)
+    expected = model.model.rotary_emb.inv_freq
+    unscaled = 500000.0 ** -(torch.arange(0, 8, 2) / 8)
+    assert not torch.allclose(expected, unscaled, rtol=1e-2), "this configuration must exercise the scaling"
+    (found,) = run_ranks(1, rotary_frequencies, folders["llama31_untied"])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

@@ -1,0 +1,84 @@
+"""A Megatron engine in a test's rank, and a batch to train it on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megatron_klrl.batch import RolloutBatch, TrainBatch
+from megatron_klrl.config.model_folder import describe_model
+from megatron_klrl.losses.policy_loss import PolicyLoss
+from megatron_klrl.mcore import groups as process_groups
+from megatron_klrl.mcore.compat import run_on_cpu
+from megatron_klrl.mcore.engine import MegatronEngine, OptimizerSettings
+from megatron_klrl.rl.aggregation import sequence_sum
+from megatron_klrl.runtime import seeds
+from megatron_klrl.runtime import world as ranks
+
+ADAM = OptimizerSettings(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, clip_grad=1.0, warmup_steps=0)
+
+
+@contextmanager
+def trainer(
+    folder: Path, *, tensor: int = 1, pipeline: int = 1, sequence: bool = False, micro_batch_size: int = 2,
+    with_reference: bool = True, dtype: torch.dtype = torch.float32,
+) -> Iterator[MegatronEngine]:
+    """An engine over the ranks that run this function."""
+    run_on_cpu()
+    world = ranks.join(timeout_s=60)
+    torch.set_num_threads(1)
+    seeds.seed_everything(0)
+    groups = process_groups.initialize(world, tensor=tensor, pipeline=pipeline, seed=0)
+    try:
+        yield MegatronEngine(
+            world=world,
+            groups=groups,
+            shape=describe_model(folder),
+            folder=folder,
+            dtype=dtype,
+            sequence_parallel=sequence,
+            optimizer=ADAM,
+            micro_batch_size=micro_batch_size,
+            temperature=1.0,
+            with_reference=with_reference,
+        )
+    finally:
+        process_groups.destroy()
+        ranks.leave()
+
+
+def rollout_batch(*, rows: int = 6, width: int = 16, vocab_size: int = 50, seed: int = 3) -> RolloutBatch:
+    """Random sequences with ragged prompts and responses."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(2, vocab_size, (rows, width + 1), generator=generator)
+    start = torch.randint(2, 5, (rows, 1), generator=generator)
+    end = torch.randint(8, width + 1, (rows, 1), generator=generator)
+    position = torch.arange(width)
+    return RolloutBatch(
+        tokens=tokens,
+        response_mask=(position >= start) & (position < end),
+        rollout_logprobs=-3 * torch.rand(rows, width, generator=generator),
+        rewards=torch.rand(rows, generator=generator),
+        weight_version=torch.zeros(rows, dtype=torch.long),
+    )
+
+
+def train_batch(batch: RolloutBatch, *, seed: int = 4) -> TrainBatch:
+    """Random advantages for the reward and for the KL."""
+    generator = torch.Generator().manual_seed(seed)
+    size = batch.response_mask.shape
+    return TrainBatch(
+        tokens=batch.tokens,
+        response_mask=batch.response_mask,
+        advantages=torch.randn(size, generator=generator),
+        token_weights=sequence_sum(batch.response_mask),
+        kl_advantages=torch.randn(size, generator=generator),
+        ref_logprobs=None,
+        rollout_logprobs=batch.rollout_logprobs,
+    )
+
+
+def policy_loss(batch: RolloutBatch) -> PolicyLoss:
+    """The loss of such a batch."""
+    return PolicyLoss(num_sequences=batch.tokens.shape[0])
