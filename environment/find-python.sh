@@ -37,7 +37,7 @@ try "$(command -v python3 || true)"
 try "$(command -v python || true)"
 
 if command -v uv >/dev/null 2>&1; then
-    try "$(uv python find --no-project --no-python-downloads '>=3.12,<3.13' 2>/dev/null || true)"
+    try "$(uv python find --system --no-project --no-python-downloads '>=3.12,<3.13' 2>/dev/null || true)"
 fi
 uv_pythons=${UV_PYTHON_INSTALL_DIR:-${XDG_DATA_HOME:-${HOME:-/nonexistent}/.local/share}/uv/python}
 for candidate in "$uv_pythons"/cpython-3.12*/bin/python3.12; do

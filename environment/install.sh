@@ -75,8 +75,11 @@ find_uv() {
 with_uv() {
     uv=$(find_uv) || return 1
     settings=$("$python" environment/uv_settings.py) || return 1
+    # uv lists every package; in a log that is 190 lines, on a terminal it is the progress.
+    quiet=$([ -t 2 ] || echo --quiet)
     (eval "$settings"
-     "$uv" pip install --python "$python" --no-deps --require-hashes --compile-bytecode -r "$pins")
+     # shellcheck disable=SC2086  # empty means no argument
+     "$uv" pip install $quiet --python "$python" --no-deps --require-hashes --compile-bytecode -r "$pins")
 }
 
 # Bytecode is written here, once: megatron, torch and vllm take half a minute to compile, and every rank would do it

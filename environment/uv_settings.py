@@ -1,7 +1,7 @@
 """Prints shell exports that make uv use the package index that pip is configured for.
 
-uv reads neither pip.conf nor PIP_* variables, so behind a mirror it would look in the wrong place. A uv variable that is
-already set is left alone. Runs with the new environment's Python, before anything is installed: standard library only.
+uv reads neither pip.conf nor PIP_* variables, so behind a mirror it would look in the wrong place. A uv variable that
+is already set is left alone. Runs before anything is installed: standard library only.
 """
 
 import ast

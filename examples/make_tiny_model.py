@@ -22,6 +22,7 @@ import argparse
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -159,7 +160,7 @@ def draw_batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[
         ]
         for problem in problems
     ]
-    batch = tokenizer.apply_chat_template(
+    batch: Any = tokenizer.apply_chat_template(
         conversations, return_dict=True, return_assistant_tokens_mask=True, padding=True, return_tensors="pt"
     )
     token_ids = batch["input_ids"]
@@ -207,7 +208,8 @@ def accuracy(
     padded = tokenizer.pad(
         {"input_ids": [list(prompt.token_ids) for prompt in prompts]}, padding_side="left", return_tensors="pt"
     )
-    output = model.generate(**padded, max_new_tokens=MAX_NEW_TOKENS, do_sample=sample, top_k=0 if sample else None)
+    generate: Any = model.generate  # its own annotation does not admit its own models
+    output = generate(**padded, max_new_tokens=MAX_NEW_TOKENS, do_sample=sample, top_k=0 if sample else None)
     right = 0.0
     for prompt, row in zip(prompts, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
         end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)

@@ -46,7 +46,9 @@ class RolloutBatch(_Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores(_Rows):
-    """What the trainer's forward passes say of a batch, before the update. All ``[B, S]`` float32, zero outside the response.
+    """What the trainer's forward passes say of a batch, before the update.
+
+    All ``[B, S]`` float32, zero outside the response.
 
     Attributes:
         old_logprobs: the policy before this update, trainer's own recompute.

@@ -12,15 +12,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_klrl.config.model_folder import ModelShape, describe_model, resolve_folder
 from megatron_klrl.config.recipe import Dtype, Recipe
+from megatron_klrl.errors import UserError
 from megatron_klrl.generation.vllm_engine import VLLMEngine
 from megatron_klrl.loop.parts import EvalTask, Parts
 from megatron_klrl.mcore import groups as process_groups
 from megatron_klrl.mcore.checkpoint import load_model
 from megatron_klrl.mcore.compat import run_on_cpu
 from megatron_klrl.mcore.conversion import export_hf
-from megatron_klrl.mcore.engine import MegatronEngine, OptimizerSettings, plain_model
+from megatron_klrl.mcore.engine import MegatronEngine, OptimizerSettings, TrainerSettings, plain_model
 from megatron_klrl.mcore.model import unwrap
-from megatron_klrl.runtime import seeds, world as ranks
+from megatron_klrl.runtime import seeds
+from megatron_klrl.runtime import world as ranks
 from megatron_klrl.runtime.timers import Timers
 from megatron_klrl.runtime.world import World
 from megatron_klrl.tasks.arithmetic import ArithmeticTask
@@ -68,7 +70,7 @@ def site(recipe: Recipe) -> Iterator[Site]:
             groups=groups,
             shape=describe_model(recipe.model.path),
             folder=folder,
-            tokenizer=AutoTokenizer.from_pretrained(folder),
+            tokenizer=_tokenizer(folder),
         )
     finally:
         process_groups.destroy()
@@ -83,19 +85,21 @@ def build_trainer(recipe: Recipe, place: Site) -> MegatronEngine:
         groups=place.groups,
         shape=place.shape,
         folder=place.folder,
-        dtype=_DTYPES[recipe.precision.dtype],
-        sequence_parallel=recipe.parallel.sequence,
-        optimizer=OptimizerSettings(
-            lr=optimizer.lr,
-            betas=optimizer.adam_betas,
-            eps=optimizer.adam_eps,
-            weight_decay=optimizer.weight_decay,
-            clip_grad=optimizer.clip_grad,
-            warmup_steps=optimizer.warmup_steps,
+        settings=TrainerSettings(
+            dtype=_DTYPES[recipe.precision.dtype],
+            sequence_parallel=recipe.parallel.sequence,
+            micro_batch_size=recipe.loop.micro_batch_size,
+            temperature=recipe.generation.temperature,
+            with_reference=recipe.kl.beta > 0,
+            optimizer=OptimizerSettings(
+                lr=optimizer.lr,
+                betas=optimizer.adam_betas,
+                eps=optimizer.adam_eps,
+                weight_decay=optimizer.weight_decay,
+                clip_grad=optimizer.clip_grad,
+                warmup_steps=optimizer.warmup_steps,
+            ),
         ),
-        micro_batch_size=recipe.loop.micro_batch_size,
-        temperature=recipe.generation.temperature,
-        with_reference=recipe.kl.beta > 0,
     )
 
 
@@ -133,6 +137,17 @@ def build_parts(recipe: Recipe, place: Site, *, trainer: Any, engine: Any) -> Pa
         stop_ids=place.shape.eos_ids,
         timers=Timers(),
     )
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(
+            f"{folder} holds no tokenizer that transformers can load",
+            field="model.path",
+            fix="save one there: AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
+        )
+    return tokenizer
 
 
 def _task(source: Any, tokenizer: PreTrainedTokenizerBase, *, seed: int, shuffle: bool) -> Task:

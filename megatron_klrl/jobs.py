@@ -7,7 +7,7 @@ import shlex
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_klrl.config.describe import kl_text, kl_verdict, layout_text, objective_text
 from megatron_klrl.config.load import load_recipe
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_klrl.loop.parts import Parts
 
 
-def train_rank(recipe: Recipe, run_dir: Path, resume: bool) -> None:
+def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
     """Train on this rank, from the model folder or the newest checkpoint, to the export of the result."""
     rank = _rank()
     console = RunConsole(steps=recipe.loop.steps, quiet=rank != 0)
@@ -41,7 +41,7 @@ def train_rank(recipe: Recipe, run_dir: Path, resume: bool) -> None:
     console.say(f"watch it with  tensorboard --logdir {run_dir / 'tensorboard'}")
 
 
-def eval_rank(recipe: Recipe, checkpoint: Path | None, hf: Path | None, as_json: bool) -> None:
+def eval_rank(recipe: Recipe, checkpoint: Path | None, hf: Path | None, *, as_json: bool) -> None:
     """Evaluate a checkpoint, a Hugging Face folder, or the recipe's own model; rank 0 prints.
 
     Raises:
@@ -103,7 +103,7 @@ def _facts(recipe: Recipe, place: "Site") -> dict[str, str]:
 
 def _print_evaluation(found: dict[str, float], recipe: Recipe, *, as_json: bool) -> None:
     """Accuracy per set with a 95 % interval over prompts."""
-    sets = {}
+    sets: dict[str, dict[str, Any]] = {}
     for name, spec in recipe.data.eval.items():
         mean, stderr = found[f"eval/{name}/accuracy"], found[f"eval/{name}/stderr"]
         half = 1.96 * stderr if math.isfinite(stderr) else None
@@ -113,8 +113,8 @@ def _print_evaluation(found: dict[str, float], recipe: Recipe, *, as_json: bool)
         sys.stdout.write(json.dumps(sets, indent=2) + "\n")
         return
     for name, row in sets.items():
-        interval = row["interval_95"]
-        text = "" if interval is None else f"   95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
+        low_high = row["interval_95"]
+        text = f"   95 % interval {low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else ""
         sys.stdout.write(f"{name:>12}  accuracy {row['accuracy']:.3f}{text}   ({row['prompts']} x {row['samples']})\n")
 
 

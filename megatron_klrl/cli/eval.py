@@ -80,7 +80,7 @@ class _Work:
         """In this process, as the only rank or as one of several."""
         from megatron_klrl.jobs import eval_rank
 
-        eval_rank(recipe, self._checkpoint, self._hf, self._as_json)
+        eval_rank(recipe, self._checkpoint, self._hf, as_json=self._as_json)
 
     def as_rank(self, recipe: Recipe, place: RankPlace) -> None:
         """In this process, which a launcher started."""

@@ -88,7 +88,7 @@ def _start(preparation: Preparation, run_dir: Path, *, place: RankPlace | None, 
 def _train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
     from megatron_klrl.jobs import train_rank
 
-    train_rank(recipe, run_dir, resume)
+    train_rank(recipe, run_dir, resume=resume)
 
 
 def _print_plan(preparation: Preparation, run_dir: Path, *, as_json: bool) -> None:

@@ -18,8 +18,8 @@ from megatron_klrl.runtime.world import World
 class VLLMEngine:
     """One vLLM engine over ``tensor`` neighbouring ranks, hosted by the ranks themselves.
 
-    Every rank of the world constructs its engine at the same time (vLLM creates process groups over the whole world), and
-    the ranks of one engine make the same calls with the same requests.
+    Every rank of the world constructs its engine at the same time (vLLM creates process groups over the whole world),
+    and the ranks of one engine make the same calls with the same requests.
     """
 
     def __init__(
@@ -38,13 +38,14 @@ class VLLMEngine:
 
         vllm_host.keep_process_group()
         self._expected = _tensor_sizes(folder)
-        options: dict[str, Any] = {"kv_cache_memory_bytes": kv_cache_bytes} if kv_cache_bytes else {}
+        options: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+        if kv_cache_bytes is not None:
+            options["kv_cache_memory_bytes"] = kv_cache_bytes
         environment = vllm_host.launcher_environment(rank=world.rank, local_rank=world.local_rank, size=world.size)
         with vllm_host.trainer_state_kept(), environment:
             try:
                 self._llm: Any = LLM(
                     model=str(folder),
-                    dtype=str(dtype).removeprefix("torch."),
                     distributed_executor_backend="external_launcher",
                     tensor_parallel_size=tensor,
                     enforce_eager=world.device.type == "cpu",
@@ -136,7 +137,7 @@ class VLLMEngine:
         )
 
     def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Pass tensors on, refusing what vLLM would swallow: a missing part leaves uninitialised memory without an error."""
+        """Pass tensors on, refusing what vLLM would swallow: a missing part leaves uninitialised memory, no error."""
         missing = dict(self._expected)
         for name, tensor in weights:
             size = missing.pop(name, None)
@@ -164,5 +165,5 @@ def _tensor_sizes(folder: Path) -> dict[str, tuple[int, ...]]:
     sizes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            sizes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})
+            sizes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118  no mapping
     return sizes

@@ -1,8 +1,8 @@
 """What vLLM does to the process that hosts it, and how the trainer's state is kept.
 
 vLLM is written to own its process. Inside a training rank it would reseed the global generators, replace
-``torch.set_num_threads`` by a function that does nothing, edit the environment that child processes inherit, and, in newer
-versions, destroy the default process group when an engine goes. Each guard below names what it guards against.
+``torch.set_num_threads`` by a function that does nothing, edit the environment that child processes inherit, and, in
+newer versions, destroy the default process group when an engine goes. Each guard below names what it guards against.
 """
 
 import importlib.metadata
@@ -77,9 +77,9 @@ def launcher_environment(*, rank: int, local_rank: int, size: int) -> Iterator[N
 def keep_process_group() -> None:
     """Stop vLLM from destroying the trainer's default process group, and from sharing segments between jobs.
 
-    * vLLM 0.32 calls ``torch.distributed.destroy_process_group()`` when an engine is deleted: the group is the trainer's.
-    * On CPU with engine tensor parallelism, the shared-memory segments have a constant name under the external launcher,
-      so a second job on the machine, or the leftover of a killed one, makes the start fail ("errno: 17").
+    * vLLM 0.32 destroys the default process group when an engine is deleted: the group is the trainer's.
+    * On CPU with engine tensor parallelism, the shared-memory segments have a constant name under the external
+      launcher, so a second job on the machine, or the leftover of a killed one, makes the start fail ("errno: 17").
     """
     import vllm.distributed.parallel_state as state  # noqa: PLC0415  heavy: only where an engine is built
 
@@ -132,8 +132,8 @@ def _version() -> str:
 def roll_back_reload(model: Any) -> None:
     """Undo a layer-wise reload that broke off, so that the next complete one finds the layers as it expects them.
 
-    vLLM's reload moves each layer's tensors away while it loads; after an exception they stay away ("meta tensor" errors),
-    and a second reload fails too.
+    vLLM's reload moves each layer's tensors away while it loads; after an exception they stay away ("meta tensor"
+    errors), and a second reload fails too.
     """
     from vllm.model_executor.model_loader.reload import layerwise  # noqa: PLC0415
 

@@ -124,7 +124,8 @@ def nearest_axes(
 ) -> Axes:
     """The candidate that changes least of ``axes``.
 
-    Changing the estimator counts most, then the placement, then the credit; ties go to the simpler, lower-variance choice.
+    Changing the estimator counts most, then the placement, then the credit; ties go to the simpler, lower-variance
+    choice.
 
     Args:
         axes: the combination that was asked for.

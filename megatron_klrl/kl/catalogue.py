@@ -1,7 +1,7 @@
 """Every KL configuration that means something: formula, expected gradient, verdict, source, who ships it. No torch.
 
-Formulas and expectations are derived from the axes; only sources and libraries are written down. The audit computes each
-expected gradient by enumeration with the production code, and a test holds the two together.
+Formulas and expectations are derived from the axes; only sources and libraries are written down. The audit computes
+each expected gradient by enumeration with the production code, and a test holds the two together.
 """
 
 from collections.abc import Iterable
@@ -128,8 +128,8 @@ def _loss_formula(axes: Axes) -> str:
 def ratio_is_differentiable(axes: Axes) -> bool:
     """Whether the loss side differentiates its importance ratio, which brings the score-function half along.
 
-    With ``both`` the reward side is that half already. k2 with a differentiated token ratio would follow the gradient of
-    E[k2], which is no KL; detached, it follows the token-level KL.
+    With ``both`` the reward side is that half already. k2 with a differentiated token ratio would follow the gradient
+    of E[k2], which is no KL; detached, it follows the token-level KL.
     """
     if axes.placement is not Placement.LOSS:
         return False
@@ -175,12 +175,12 @@ Made by `megatron_klrl.kl.render_catalogue()`; do not edit. Every claim below is
 
 Symbols: `pi` the policy, `ref` the reference, `mu` the policy that sampled, `sg` stop-gradient, `logpi_t` the
 log-probability of the token at `t`. `k1_t = logpi_t - logref_t`, `k2_t = k1_t^2 / 2`, `k3_t = exp(-k1_t) - 1 + k1_t`,
-`abs_t = |k1_t|`, `KL_t` the KL over the full vocabulary at `t`. `rho_t = pi/mu` at `t`, `c_t` the product of `rho_u` for `u <= t`,
-`w` the product over the whole sequence. The formula is minimised, per unit of beta, and summed over the tokens of a
-sequence. On-policy without rollout log-probabilities, ratios have value 1 and keep their gradient.
+`abs_t = |k1_t|`, `KL_t` the KL over the full vocabulary at `t`. `rho_t = pi/mu` at `t`, `c_t` the product of `rho_u`
+for `u <= t`, `w` the product over the whole sequence. The formula is minimised, per unit of beta, and summed over the
+tokens of a sequence. On-policy without rollout log-probabilities, ratios have value 1 and keep their gradient.
 
-Expected gradients: `grad KL(pi||ref)` is the sequence-level reverse KL; `grad KL_tok(p||q; s)` is the sum over positions
-of the per-position KL(p||q) with prefixes visited by `s` held fixed.
+Expected gradients: `grad KL(pi||ref)` is the sequence-level reverse KL; `grad KL_tok(p||q; s)` is the sum over
+positions of the per-position KL(p||q) with prefixes visited by `s` held fixed.
 
 Verdicts: `unbiased` on- and off-policy (given rollout log-probabilities), `unbiased_on_policy`, `biased`, `zero` (the
 expected gradient on-policy is zero: no regularisation, only noise).

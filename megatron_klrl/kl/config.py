@@ -24,12 +24,13 @@ class KLConfig(BaseModel):
     off and loads no reference."""
 
     objective: Objective = Objective.SEQUENCE
-    """The KL whose gradient must be followed: ``sequence`` is KL(policy || reference) over whole responses; ``token`` is
-    the sum of per-position KLs with the visited prefixes held fixed, which ignores that a token changes later states."""
+    """The KL whose gradient must be followed: ``sequence`` is KL(policy || reference) over whole responses; ``token``
+    is the sum of per-position KLs with the visited prefixes held fixed, which ignores that a token changes later
+    states."""
 
     estimator: Estimator = Estimator.K1
-    """What is computed per token: ``k1`` log(policy/ref), ``k2`` half its square, ``k3`` r - 1 - log r with r = ref/policy,
-    ``abs`` its absolute value, ``exact`` the KL over the full vocabulary."""
+    """What is computed per token: ``k1`` log(policy/ref), ``k2`` half its square, ``k3`` r - 1 - log r with r =
+    ref/policy, ``abs`` its absolute value, ``exact`` the KL over the full vocabulary."""
 
     placement: Placement = Placement.REWARD
     """``reward``: detached, multiplied by the score. ``loss``: differentiated. ``both``: the full beta on each side."""
@@ -39,8 +40,8 @@ class KLConfig(BaseModel):
     the loss it is ``token``; ``to_go`` with the prefix correction; ``sequence`` for k2 on the sequence's log-ratio."""
 
     correction: Correction = Correction.NONE
-    """Importance ratio policy/rollout policy, for stale or mismatched rollouts: of the token, of the prefix up to it, or
-    of the whole sequence."""
+    """Importance ratio policy/rollout policy, for stale or mismatched rollouts: of the token, of the prefix up to it,
+    or of the whole sequence."""
 
     allow_biased: bool = False
     """Run although the configuration does not follow the stated objective under the run's sampling."""
@@ -48,9 +49,7 @@ class KLConfig(BaseModel):
     @property
     def axes(self) -> Axes:
         """The four axes that name a catalogue row."""
-        return Axes(
-            estimator=self.estimator, placement=self.placement, credit=self.credit, correction=self.correction
-        )
+        return Axes(estimator=self.estimator, placement=self.placement, credit=self.credit, correction=self.correction)
 
     @property
     def name(self) -> str:
@@ -83,6 +82,4 @@ class KLConfig(BaseModel):
 
 def describe_axes(axes: Axes) -> str:
     """The axes as recipe keys."""
-    return (
-        f"placement={axes.placement}, estimator={axes.estimator}, credit={axes.credit}, correction={axes.correction}"
-    )
+    return f"placement={axes.placement}, estimator={axes.estimator}, credit={axes.credit}, correction={axes.correction}"

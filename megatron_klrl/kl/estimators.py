@@ -1,7 +1,7 @@
 """Per-token estimates of KL(policy || reference): their values, and what differentiating them gives.
 
-All take log-probabilities of the taken tokens (natural log, same shape) and return nats per token in float32, or float64
-where an input is. Nothing is clamped; `linear_tail` bounds the log-ratio when asked to.
+All take log-probabilities of the taken tokens (natural log, same shape) and return nats per token in float32, or
+float64 where an input is. Nothing is clamped; `linear_tail` bounds the log-ratio when asked to.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,8 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Half the squared log-ratio.
 
     Value: log(pi/ref)^2 / 2. Biased (third order near the reference), never negative.
-    **Gradient**: differentiated, k1_t s_t: in expectation the token-level reverse KL. Detached in the reward, no KL at all.
+    **Gradient**: differentiated, k1_t s_t: in expectation the token-level reverse KL. Detached in the reward, no KL
+        at all.
     Units: nats.
 
     Args:
@@ -184,19 +185,20 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def require_representable(values: Tensor, inputs: Tensor, *, what: str) -> None:
-    """Raises when ``values`` are not finite although ``inputs`` are: they overflowed.
+def require_representable(values: Tensor, log_ratios: Tensor, *, what: str) -> None:
+    """Raises when ``values`` are not finite where the ``log_ratios`` they were made of are: they overflowed.
 
     Raises:
-        KLOverflowError: names the indices and the log-ratio there.
+        KLOverflowError: names the indices and the largest log-ratio there.
     """
-    bad = ~torch.isfinite(values) & torch.isfinite(inputs)
+    bad = ~torch.isfinite(values) & torch.isfinite(log_ratios)
     if not bool(bad.any()):
         return
-    worst = inputs.detach()[bad].abs().max().item()
+    worst = log_ratios.detach()[bad].abs().max().item()
+    dtype = str(values.dtype).removeprefix("torch.")
     raise KLOverflowError(
-        f"{what} overflows {str(values.dtype).removeprefix('torch.')} at {named_indices(bad)}: log-ratio of {worst:.4g} "
-        "nats; the policy has left the reference or the rollout policy there"
+        f"{what} overflows {dtype} at {named_indices(bad)}: log-ratio of {worst:.4g} nats; the policy has left the "
+        "reference or the rollout policy there"
     )
 
 

@@ -1,8 +1,9 @@
 """Which divergence's gradient each configuration follows, derived from its two halves. Imports no torch.
 
-A surrogate is a sum of a score-function half (reward side: detached estimate times score) and a path-wise half (loss side:
-differentiated estimate). Each half has a known expectation in terms of a few exact gradients; a differentiable ratio in the
-loss brings its own score-function half along. The audit measures every sum by enumeration and holds it against this.
+A surrogate is a sum of a score-function half (reward side: detached estimate times score) and a path-wise half (loss
+side: differentiated estimate). Each half has a known expectation in terms of a few exact gradients; a differentiable
+ratio in the loss brings its own score-function half along. The audit measures every sum by enumeration and holds it
+against this.
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ from megatron_klrl.kl.axes import Axes, Correction, Credit, Estimator, Objective
 
 
 class Term(StrEnum):
-    """An exact gradient that expectations are made of. ``policy``/``rollout``: whose prefixes are visited, held fixed."""
+    """An exact gradient that expectations are made of; after the semicolon, whose prefixes are held fixed."""
 
     REVERSE_SEQUENCE = "grad KL(pi||ref)"
     REVERSE_TOKEN = "grad KL_tok(pi||ref; pi)"
@@ -79,8 +80,8 @@ def expected_gradient(axes: Axes, *, on_policy: bool) -> ExpectedGradient:
 
     Args:
         axes: a combination with meaning.
-        on_policy: the samples come from the policy itself; otherwise from another policy ``mu`` that ``rollout_logprobs``
-            describes.
+        on_policy: the samples come from the policy itself; otherwise from another policy ``mu`` that
+            ``rollout_logprobs`` describes.
     """
     if on_policy or axes.correction in (Correction.PREFIX, Correction.SEQUENCE):
         return ExpectedGradient(terms=_current_policy_terms(axes))

@@ -27,15 +27,13 @@ def refusal(config: KLConfig, *, on_policy: bool) -> Refusal | None:
 
     Args:
         config: the run's KL section; with ``beta`` 0 nothing is applied, so nothing is refused.
-        on_policy: every update uses fresh samples of exactly the policy being trained. False for stale rollouts, several
-            updates per batch, or an engine whose probabilities differ from the trainer's.
+        on_policy: every update uses fresh samples of exactly the policy being trained. False for stale rollouts,
+            several updates per batch, or an engine whose probabilities differ from the trainer's.
     """
     if config.beta == 0.0 or expected_gradient(config.axes, on_policy=on_policy).follows(config.objective):
         return None
     candidates = [
-        axes
-        for axes in meaningful_axes()
-        if expected_gradient(axes, on_policy=on_policy).follows(config.objective)
+        axes for axes in meaningful_axes() if expected_gradient(axes, on_policy=on_policy).follows(config.objective)
     ]
     nearest = config.with_axes(
         nearest_axes(
@@ -49,7 +47,7 @@ def refusal(config: KLConfig, *, on_policy: bool) -> Refusal | None:
 
 
 def _correction_costs(*, on_policy: bool) -> dict[Correction, int]:
-    """Off-policy a correction is what is missing; on-policy one in the loss is a roundabout way to place a score term."""
+    """Off-policy a correction is what is missing; on-policy one in the loss is a roundabout score-function half."""
     if not on_policy:
         return dict.fromkeys(Correction, 1)
     return {Correction.NONE: 1, Correction.TOKEN: 1, Correction.PREFIX: 5, Correction.SEQUENCE: 5}
@@ -64,7 +62,8 @@ def _reason(config: KLConfig, nearest: KLConfig, *, on_policy: bool) -> str:
     }[config.objective]
     return (
         f"kl {config.name} does not follow the gradient of {wanted} {sampling}: its expected gradient is "
-        f"{followed.text()}{_other_objective(config, on_policy=on_policy)}; nearest that does: {describe_axes(nearest.axes)}"
+        f"{followed.text()}{_other_objective(config, on_policy=on_policy)}; "
+        f"nearest that does: {describe_axes(nearest.axes)}"
     )
 
 

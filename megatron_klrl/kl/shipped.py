@@ -1,8 +1,8 @@
 """Which trainers ship which configuration, under which flag, as read in their sources of mid-2026. Imports no torch.
 
-A row is listed where the token-level formula and its placement agree. What surrounds the formula in that trainer (clamps,
-group-std normalisation, whitening, per-token means) is not part of the row; ``note`` says where it changes the result, and
-the audit's second table measures it.
+A row is listed where the token-level formula and its placement agree. What surrounds the formula in that trainer
+(clamps, group-std normalisation, whitening, per-token means) is not part of the row; ``note`` says where it changes
+the result, and the audit's second table measures it.
 """
 
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ baseline, `reward_advantages`) and `loss_terms` (what is differentiated). Every 
 sequence and scaled by beta; average over sequences, never over tokens, and normalise nothing.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -38,14 +36,16 @@ def kl_surrogate(
         mask: ``[B, T]`` bool, true where the policy wrote the token. Anything may stand where it is false.
         config: estimator, placement, credit, correction and beta.
         rollout_logprobs: ``[B, T]`` under the policy that sampled; what ``correction`` corrects from. None: the samples
-            are the current policy's own, so ratios have value 1 and keep their gradient. Unused with correction ``none``.
+            are the current policy's own, so ratios have value 1 and keep their gradient. Unused with correction
+            ``none``.
         full_kl: ``[B, T]`` per-position KL over the full vocabulary, with gradient; used by estimator ``exact`` only.
 
     Returns:
         ``[B]``.
 
     Raises:
-        ValueError: shapes differ, the mask is not bool, ``full_kl`` is missing, or a value that counts is NaN or infinite.
+        ValueError: shapes differ, the mask is not bool, ``full_kl`` is missing, or a value that counts is NaN or
+        infinite.
         KLOverflowError: an estimate or ratio overflows; names the tokens.
 
     Source: arXiv 2512.21852 (placements); docs/kl/catalogue.md lists formula and source of every configuration.
@@ -105,8 +105,8 @@ def loss_terms(
 ) -> Tensor:
     """What the loss side differentiates, per token.
 
-    Value: beta times the estimates, times their importance ratio; zero where masked and with placement ``reward``. For k2
-        on the sequence's log-ratio, the token's share of the square.
+    Value: beta times the estimates, times their importance ratio; zero where masked and with placement ``reward``.
+        For k2 on the sequence's log-ratio, the token's share of the square.
     **Gradient**: the path-wise half; with a differentiable ratio the score-function half too.
     Units: nats times beta.
 
@@ -147,10 +147,10 @@ def reward_advantages(
 
     Value: ``-(coefficients - ratio * baseline)``, the baseline being the mean of the other members' credited KL: of the
         whole sequence with credit ``sequence``, at the same column otherwise.
-    **Gradient**: none, detached. ``-(advantages * logprobs).sum(-1).mean()`` has the expected gradient of the reward side
-        of `kl_surrogate`: the baseline does not depend on the sequence it is applied to, and multiplies a score whose
-        expectation under ``ratio`` is zero. ``ratio`` is 1 for correction ``none``, rho_t for ``token``, c_t for
-        ``prefix``, w for ``sequence``. (Off-policy with correction ``none`` neither is unbiased.)
+    **Gradient**: none, detached. ``-(advantages * logprobs).sum(-1).mean()`` has the expected gradient of the reward
+        side of `kl_surrogate`: the baseline does not depend on the sequence it is applied to, and multiplies a score
+        whose expectation under ``ratio`` is zero. ``ratio`` is 1 for correction ``none``, rho_t for ``token``, c_t
+        for ``prefix``, w for ``sequence``. (Off-policy with correction ``none`` neither is unbiased.)
     Units: nats times beta. Do not normalise them with the task reward's: beta would change its meaning.
 
     Args:
@@ -177,10 +177,9 @@ def reward_advantages(
     if config.placement is Placement.LOSS:
         require_whole_groups(inputs.logprobs.shape[0], group_size=group_size)
         return torch.zeros_like(inputs.logprobs, requires_grad=False)
-    side = _reward_side(inputs, config)
-    baseline = leave_one_out_baseline(side.credited, group_size=group_size)
-    advantages = side.baseline_ratios * baseline - side.token_ratios * side.credited
-    return _checked(config.beta * advantages, inputs)
+    credited = _credited_kl(inputs, config)
+    baseline = _baseline_ratios(inputs, config) * leave_one_out_baseline(credited, group_size=group_size)
+    return _checked(config.beta * (baseline - _scored_ratios(inputs, config) * credited), inputs)
 
 
 def leave_one_out_baseline(values: Tensor, *, group_size: int) -> Tensor:
@@ -217,39 +216,34 @@ def require_whole_groups(num_rows: int, *, group_size: int) -> None:
         raise ValueError(f"{num_rows} sequences are not a whole number of groups of {group_size}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _RewardSide:
-    """The reward side before beta, detached: coefficient = ``token_ratios * credited``.
-
-    Attributes:
-        credited: ``[B, T]`` the KL each token answers for, with the ratios that belong to the KL's own terms.
-        token_ratios: ``[B, T]`` the ratio that belongs to the scored token: rho_t with correction ``token``, else 1.
-        baseline_ratios: ``[B, T]`` what a baseline must be multiplied with to stay unbiased.
-    """
-
-    credited: Tensor
-    token_ratios: Tensor
-    baseline_ratios: Tensor
-
-
-def _reward_side(inputs: TokenInputs, config: KLConfig) -> _RewardSide:
+def _credited_kl(inputs: TokenInputs, config: KLConfig) -> Tensor:
+    """``[B, T]``, detached: the KL each token answers for, with the ratios that belong to the KL's own terms."""
     with torch.no_grad():
         terms = inputs.estimates(config.estimator)
-        ones = torch.ones_like(terms)
         if config.correction is Correction.PREFIX:
             terms = terms * inputs.prefix_ratios(config.estimator)
         credited = _credited(terms, config)
+        return credited * inputs.sequence_ratios() if config.correction is Correction.SEQUENCE else credited
+
+
+def _baseline_ratios(inputs: TokenInputs, config: KLConfig) -> Tensor:
+    """``[B, T]``, detached: the ratio under which a token's score has expectation zero: a baseline may stand."""
+    with torch.no_grad():
         if config.correction is Correction.TOKEN:
-            ratios = inputs.token_ratios()
-            return _RewardSide(credited=credited, token_ratios=ratios, baseline_ratios=ratios)
+            return inputs.token_ratios()
         if config.correction is Correction.PREFIX:
-            # The score of token t has expectation zero only under the ratio that includes t, for every estimator.
-            own = inputs.prefix_ratios(Estimator.K1)
-            return _RewardSide(credited=credited, token_ratios=ones, baseline_ratios=own)
+            # For every estimator the ratio that includes the scored token, also where the KL's own ratio does not.
+            return inputs.prefix_ratios(Estimator.K1)
         if config.correction is Correction.SEQUENCE:
-            whole = inputs.sequence_ratios().expand_as(terms)
-            return _RewardSide(credited=whole * credited, token_ratios=ones, baseline_ratios=whole)
-        return _RewardSide(credited=credited, token_ratios=ones, baseline_ratios=ones)
+            return inputs.sequence_ratios().expand_as(inputs.logprobs)
+        return torch.ones_like(inputs.logprobs)
+
+
+def _scored_ratios(inputs: TokenInputs, config: KLConfig) -> Tensor:
+    """``[B, T]``, detached: the ratio that belongs to the scored token rather than to the KL it answers for."""
+    if config.correction is Correction.TOKEN:
+        return inputs.token_ratios().detach()
+    return torch.ones_like(inputs.logprobs, requires_grad=False)
 
 
 def _credited(terms: Tensor, config: KLConfig) -> Tensor:
@@ -266,8 +260,7 @@ def _credited(terms: Tensor, config: KLConfig) -> Tensor:
 def _coefficients(inputs: TokenInputs, config: KLConfig) -> Tensor:
     if config.placement is Placement.LOSS:
         return torch.zeros_like(inputs.logprobs, requires_grad=False)
-    side = _reward_side(inputs, config)
-    return _checked(config.beta * side.token_ratios * side.credited, inputs)
+    return _checked(config.beta * _scored_ratios(inputs, config) * _credited_kl(inputs, config), inputs)
 
 
 def _loss_terms(inputs: TokenInputs, config: KLConfig) -> Tensor:
@@ -296,5 +289,6 @@ def _loss_ratios(inputs: TokenInputs, config: KLConfig) -> Tensor | None:
 def _checked(values: Tensor, inputs: TokenInputs) -> Tensor:
     """Zero where masked, and finite: products of finite factors can still overflow."""
     masked = torch.where(inputs.mask, values, 0.0)
-    require_representable(masked, inputs.logprobs, what="the KL term")
+    log_ratios = torch.nan_to_num(inputs.logprobs.detach() - inputs.ref_logprobs)
+    require_representable(masked, log_ratios, what="the KL term")
     return masked

@@ -3,7 +3,9 @@
 For a 0/1 reward the maximiser of E[R] - beta KL(policy || reference) is ref * exp(R / beta) / Z, so a prompt that the
 reference answers with probability p has
 
-    J* = beta log(1 - p + p e^{1/beta}),   accuracy* = p e^{1/beta} / (1 - p + p e^{1/beta}),   KL* = (accuracy* - J*) / beta.
+    J* = beta log(1 - p + p e^{1/beta})
+    accuracy* = p e^{1/beta} / (1 - p + p e^{1/beta})
+    KL* = (accuracy* - J*) / beta
 
 p is estimated from reference samples, taken before the first update, when the policy is the reference.
 """

@@ -89,8 +89,7 @@ def _point(point: Point) -> dict[str, float]:
 def optimum_lines(report: OptimumReport) -> list[str]:
     """A small table for the terminal."""
     lines = [
-        f"[bold]Objective J = E\\[R] - {report.beta:g} KL(policy || reference), "
-        f"{report.prompts} prompts x {report.samples} samples",
+        f"[bold]J = E\\[R] - {report.beta:g} KL(policy || reference) on {report.prompts} x {report.samples} samples",
         f"{'':>22}{'accuracy':>10}{'KL nats':>10}{'J':>10}",
     ]
     rows = (("start (reference)", report.start), ("reached", report.reached), ("optimum, closed form", report.optimal))

@@ -29,7 +29,13 @@ class Rollouts:
 
 
 def rollouts(
-    parts: Parts, task: Task, prompts: Sequence[Prompt], *, samples: int, temperature: float, purpose: tuple[int | str, ...]
+    parts: Parts,
+    task: Task,
+    prompts: Sequence[Prompt],
+    *,
+    samples: int,
+    temperature: float,
+    purpose: tuple[int | str, ...],
 ) -> Rollouts:
     """Sample and verify ``samples`` completions of every prompt.
 

@@ -55,9 +55,7 @@ class Run:
         self.state = self._restore() if resume else RunState(step=0, weight_version=0)
         self.record = None
         if parts.world.is_main:
-            self.record = RunRecord(
-                run_dir, steps=parts.recipe.loop.steps, first_step=self.state.step, console=console
-            )
+            self.record = RunRecord(run_dir, steps=parts.recipe.loop.steps, first_step=self.state.step, console=console)
 
     def _restore(self) -> RunState:
         folder = checkpoints.newest(self.run_dir / "checkpoints")
@@ -120,8 +118,12 @@ class Run:
         recipe = self.parts.recipe
         prompts = self.parts.task.prompts((step - 1) * recipe.loop.prompts_per_step, recipe.loop.prompts_per_step)
         return rollouts(
-            self.parts, self.parts.task, prompts, samples=recipe.loop.group_size,
-            temperature=recipe.generation.temperature, purpose=("rollout", step),
+            self.parts,
+            self.parts.task,
+            prompts,
+            samples=recipe.loop.group_size,
+            temperature=recipe.generation.temperature,
+            purpose=("rollout", step),
         )
 
     def checkpoint(self) -> Path:
@@ -133,9 +135,7 @@ class Run:
     def export(self) -> Path:
         """Write the policy as a Hugging Face folder; collective."""
         to = self.run_dir / "hf"
-        write_hf_folder(
-            self.parts.trainer.export_weights(), source=self._source, to=to, writes=self.record is not None
-        )
+        write_hf_folder(self.parts.trainer.export_weights(), source=self._source, to=to, writes=self.record is not None)
         return to
 
     def finish(self, exported: Path, *, facts: Mapping[str, str]) -> None:

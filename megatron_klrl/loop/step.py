@@ -31,7 +31,9 @@ def train_on(batch: RolloutBatch, parts: Parts) -> tuple[dict[str, float], Token
     recipe = parts.recipe
     metrics = step_metrics.of_scores(batch, scores) | {"kl/beta": recipe.kl.beta, "policy/clip_fraction": 0.0}
     with parts.timers.span("train"):
-        loss = parts.trainer.forward_backward(assemble(batch, scores, recipe), policy_loss(recipe, batch.tokens.shape[0]))
+        loss = parts.trainer.forward_backward(
+            assemble(batch, scores, recipe), policy_loss(recipe, batch.tokens.shape[0])
+        )
         update = parts.trainer.optim_step()
     metrics |= {"policy/loss": loss, "grad/norm": update.grad_norm, "policy/lr": update.lr}
     broken = [name for name, value in metrics.items() if not torch.isfinite(torch.tensor(value))]
@@ -59,7 +61,9 @@ def policy_loss(recipe: Recipe, num_sequences: int) -> PolicyLoss:
     """The loss of one update over ``num_sequences`` sequences."""
     kl = recipe.kl
     has_loss_side = kl.beta > 0 and kl.placement is not Placement.REWARD
-    return PolicyLoss(num_sequences=num_sequences, loss_side_kl=partial(_loss_side, config=kl) if has_loss_side else None)
+    return PolicyLoss(
+        num_sequences=num_sequences, loss_side_kl=partial(_loss_side, config=kl) if has_loss_side else None
+    )
 
 
 def _kl_advantages(batch: RolloutBatch, scores: TokenScores, recipe: Recipe) -> Tensor:
@@ -68,7 +72,7 @@ def _kl_advantages(batch: RolloutBatch, scores: TokenScores, recipe: Recipe) -> 
     # the penalty is that of the current policy: nothing has stepped since old_logprobs were taken
     return reward_advantages(
         scores.old_logprobs,
-        scores.ref_logprobs,
+        _present(scores.ref_logprobs),
         batch.response_mask,
         config=recipe.kl,
         group_size=recipe.loop.group_size,
@@ -79,5 +83,11 @@ def _kl_advantages(batch: RolloutBatch, scores: TokenScores, recipe: Recipe) -> 
 
 def _loss_side(logprobs: Tensor, rows: TrainBatch, *, config: KLConfig) -> Tensor:
     return loss_terms(
-        logprobs, rows.ref_logprobs, rows.response_mask, config=config, rollout_logprobs=rows.rollout_logprobs
+        logprobs, _present(rows.ref_logprobs), rows.response_mask, config=config, rollout_logprobs=rows.rollout_logprobs
     )
+
+
+def _present(ref_logprobs: Tensor | None) -> Tensor:
+    if ref_logprobs is None:
+        raise ValueError("a KL term needs a reference: build the trainer with one")
+    return ref_logprobs

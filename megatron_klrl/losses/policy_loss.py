@@ -13,7 +13,7 @@ LossSideKL = Callable[[Tensor, TrainBatch], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyLoss:
-    """REINFORCE on the task reward, plus the KL term: summed over tokens, averaged over the sequences of the whole batch.
+    """REINFORCE on the task reward, plus the KL term summed over tokens and averaged over the update's sequences.
 
     Minimised. Its gradient, summed over all microbatches and ranks, is in expectation
     ``-grad E[R]`` (with ``sequence_sum`` aggregation) plus whatever the KL configuration's catalogue row states.

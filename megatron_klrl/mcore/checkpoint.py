@@ -39,11 +39,12 @@ def _read(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     if not (folder / "metadata.json").exists():
         raise UserError(f"{folder} is not a checkpoint", field="checkpoint", fix="name a step_* folder of a run")
     try:
-        return dist_checkpointing.load(wanted, str(folder))
+        loaded: Any = dist_checkpointing.load(wanted, str(folder))
     except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
         raise UserError(
             f"{folder} does not load: {error}", field="checkpoint", fix="use a complete checkpoint of the same model"
         ) from error
+    return loaded
 
 
 def _sharded(model: Any, optimizer: Any, groups: ProcessGroups, *, is_loading: bool) -> dict[str, Any]:
@@ -63,4 +64,3 @@ def _metadata(groups: ProcessGroups) -> dict[str, Any]:
         "singleton_local_shards": False,
         "dp_cp_group": groups.dp_cp,
     }
-

@@ -91,17 +91,20 @@ def _replace_cuda_functions() -> None:
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.default_generator.get_state()
     # Megatron's own setter writes to torch.cuda.default_generators, which is empty here
-    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.default_generator.set_state(
-        state
-    )
+    megatron_random._set_cuda_rng_state = _set_default_rng_state
+
+
+def _set_default_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
+    """Megatron's setter also takes a device and a graph-safety flag, which mean nothing on CPU."""
+    torch.default_generator.set_state(new_state)
 
 
 def torch_adam_prepare_load(optimizer: Any) -> None:
     """Let a fresh distributed optimizer describe and load its state.
 
-    Upstream cause (megatron-core 0.19.2, distrib_optimizer.py): ``sharded_state_dict`` asserts that exactly one Adam step
-    is known, but torch's Adam has no state before its first step; and the loader walks torch's own "step" tensor as if it
-    were a sharded moment (KeyError 'step'). A None entry is what the loader skips.
+    Upstream cause (megatron-core 0.19.2, distrib_optimizer.py): ``sharded_state_dict`` asserts that exactly one Adam
+    step is known, but torch's Adam has no state before its first step; and the loader walks torch's own "step" tensor
+    as if it were a sharded moment (KeyError 'step'). A None entry is what the loader skips.
     Can go when ``tests/mcore/test_compat.py::test_distributed_optimizer_loads_torch_adam`` passes without this call.
     """
     for part in _parts(optimizer):
@@ -117,8 +120,8 @@ def torch_adam_prepare_load(optimizer: Any) -> None:
 def torch_adam_finish_load(optimizer: Any) -> None:
     """Give each parameter its own Adam step counter after a load.
 
-    Upstream cause (megatron-core 0.19.2, distrib_optimizer.py): after loading, all parameters share one "step" tensor, and
-    torch's Adam increments it once per parameter, so bias correction is silently wrong from the second step on.
+    Upstream cause (megatron-core 0.19.2, distrib_optimizer.py): after loading, all parameters share one "step" tensor,
+    and torch's Adam increments it once per parameter, so bias correction is silently wrong from the second step on.
     Can go when ``tests/mcore/test_compat.py::test_adam_steps_are_not_shared_after_load`` passes without this call.
     """
     for part in _parts(optimizer):

@@ -43,8 +43,9 @@ def local_parameters(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             _, _, number, rest = name.split(".", 3)
-            name = f"decoder.layers.{int(number) + offset}.{rest}"
-        yield name, parameter
+            yield f"decoder.layers.{int(number) + offset}.{rest}", parameter
+        else:
+            yield name, parameter
 
 
 @torch.no_grad()
@@ -61,8 +62,9 @@ def load_hf(model: GPTModel, path: Path, *, shape: ModelShape, groups: ProcessGr
         source = by_name[layout.EMBEDDING if name == layout.HEAD and shape.tied else name]
         full = layout.join(source, [folder.read(hf) for hf in source.hf], shape)
         if tuple(full.shape) != layout.full_size(source, shape):
+            expected = layout.full_size(source, shape)
             raise UserError(
-                f"{path}: {' + '.join(source.hf)} is {tuple(full.shape)}, config.json says {layout.full_size(source, shape)}",
+                f"{path}: {' + '.join(source.hf)} is {tuple(full.shape)}, config.json says {expected}",
                 field="model.path",
                 fix="use the config.json that belongs to these weights",
             )

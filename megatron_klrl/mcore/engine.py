@@ -39,6 +39,27 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSettings:
+    """How the trainer computes.
+
+    Attributes:
+        dtype: of parameters and activations; gradients and Adam are float32.
+        sequence_parallel: cut activations along the sequence inside the tensor-parallel group.
+        micro_batch_size: sequences of one forward pass.
+        temperature: divides the logits of policy and reference alike: that of the sampling.
+        with_reference: hold a frozen copy of the starting weights.
+        optimizer: of the policy.
+    """
+
+    dtype: torch.dtype
+    sequence_parallel: bool
+    micro_batch_size: int
+    temperature: float
+    with_reference: bool
+    optimizer: OptimizerSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
     """What one optimizer step did.
 
@@ -59,26 +80,23 @@ class MegatronEngine:
     """
 
     def __init__(
-        self,
-        *,
-        world: World,
-        groups: ProcessGroups,
-        shape: ModelShape,
-        folder: Path,
-        dtype: torch.dtype,
-        sequence_parallel: bool,
-        optimizer: OptimizerSettings,
-        micro_batch_size: int,
-        temperature: float,
-        with_reference: bool,
+        self, *, world: World, groups: ProcessGroups, shape: ModelShape, folder: Path, settings: TrainerSettings
     ) -> None:
+        """Load the policy, and the reference where wanted.
+
+        Args:
+            world: this rank's place.
+            groups: the layout.
+            shape: of the model.
+            folder: Hugging Face folder both models start from.
+            settings: how to compute.
+        """
         self.world, self.groups, self.shape = world, groups, shape
-        self._folder, self._dtype, self._sequence_parallel = folder, dtype, sequence_parallel
-        self._micro_batch_size, self._temperature, self._settings = micro_batch_size, temperature, optimizer
+        self._folder, self._settings, self._temperature = folder, settings, settings.temperature
         columns = padded_vocab_size(shape.vocab_size, groups.tp.size()) // groups.tp.size()
         start = columns * groups.tp.rank()
         self.shard = VocabShard(start=start, size=min(columns, shape.vocab_size - start), group=groups.tp)
-        self.reference = self._plain_model() if with_reference else None
+        self.reference = self._plain_model() if settings.with_reference else None
         self.model, self.optimizer = self._trained_model()
         self.step = 0
 
@@ -161,7 +179,8 @@ class MegatronEngine:
 
     def optim_step(self) -> UpdateReport:
         """Clip, step Adam, count the step."""
-        lr = self._settings.lr * min(1.0, (self.step + 1) / max(1, self._settings.warmup_steps))
+        schedule = self._settings.optimizer
+        lr = schedule.lr * min(1.0, (self.step + 1) / max(1, schedule.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         _, grad_norm, _ = self.optimizer.step()
@@ -176,9 +195,7 @@ class MegatronEngine:
 
     def export_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the reduced gradient of the last ``forward_backward(keep_whole_gradient=True)``, float32."""
-        return conversion.export_hf(
-            unwrap(self.model), shape=self.shape, groups=self.groups, value=lambda parameter: parameter.main_grad
-        )
+        return conversion.export_hf(unwrap(self.model), shape=self.shape, groups=self.groups, value=_main_grad)
 
     def load_weights(self, folder: Path) -> None:
         """Replace the policy's weights by those of a Hugging Face folder; the optimizer's main copies follow."""
@@ -200,9 +217,9 @@ class MegatronEngine:
             self.shape,
             self._folder,
             groups=self.groups,
-            dtype=self._dtype,
+            dtype=self._settings.dtype,
             device=self.world.device,
-            sequence_parallel=self._sequence_parallel,
+            sequence_parallel=self._settings.sequence_parallel,
         )
 
     def _trained_model(self) -> tuple[DistributedDataParallel, Any]:
@@ -212,17 +229,18 @@ class MegatronEngine:
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=True
         )
         wrapped = DistributedDataParallel(config, ddp, model)
+        adam = self._settings.optimizer
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
-                lr=self._settings.lr,
-                adam_beta1=self._settings.betas[0],
-                adam_beta2=self._settings.betas[1],
-                adam_eps=self._settings.eps,
-                weight_decay=self._settings.weight_decay,
-                clip_grad=self._settings.clip_grad,
-                bf16=self._dtype == torch.bfloat16,
-                params_dtype=self._dtype,
+                lr=adam.lr,
+                adam_beta1=adam.betas[0],
+                adam_beta2=adam.betas[1],
+                adam_eps=adam.eps,
+                weight_decay=adam.weight_decay,
+                clip_grad=adam.clip_grad,
+                bf16=self._settings.dtype == torch.bfloat16,
+                params_dtype=self._settings.dtype,
                 use_distributed_optimizer=True,
             ),
             [wrapped],
@@ -238,7 +256,9 @@ class MegatronEngine:
     def _local_rows[B: (RolloutBatch, TrainBatch)](self, batch: B) -> tuple[B, int]:
         """This data-parallel rank's rows, blank rows added so that all ranks hold the same whole microbatches."""
         count = batch.tokens.shape[0]
-        per_rank = -(-count // (self.groups.dp.size() * self._micro_batch_size)) * self._micro_batch_size
+        per_rank = (
+            -(-count // (self.groups.dp.size() * self._settings.micro_batch_size)) * self._settings.micro_batch_size
+        )
         missing = per_rank * self.groups.dp.size() - count
         if missing:
             batch = batch.rows(padding_rows(batch, missing))
@@ -247,8 +267,14 @@ class MegatronEngine:
         return batch.rows(slice(start, start + per_rank)), count
 
     def _split[B: (RolloutBatch, TrainBatch)](self, rows: B) -> list[B]:
-        size = self._micro_batch_size
+        size = self._settings.micro_batch_size
         return [rows.rows(slice(start, start + size)) for start in range(0, rows.tokens.shape[0], size)]
+
+
+def _main_grad(parameter: torch.nn.Parameter) -> Tensor:
+    """The gradient buffer that Megatron's DDP attaches to a parameter."""
+    gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+    return gradient
 
 
 def plain_model(

@@ -1,6 +1,7 @@
 """Megatron's parallel state, read once into explicit handles."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -56,11 +57,12 @@ def initialize(world: World, *, tensor: int, pipeline: int, seed: int) -> Proces
         create_gloo_process_groups=world.device.type == "cuda",
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    state: Any = parallel_state  # its getters are typed as optional; after initialisation they are not
     return ProcessGroups(
-        tp=parallel_state.get_tensor_model_parallel_group(),
-        pp=parallel_state.get_pipeline_model_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(),
-        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        tp=state.get_tensor_model_parallel_group(),
+        pp=state.get_pipeline_model_parallel_group(),
+        dp=state.get_data_parallel_group(),
+        dp_cp=state.get_data_parallel_group(with_context_parallel=True),
     )
 
 

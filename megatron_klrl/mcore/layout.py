@@ -87,9 +87,7 @@ def _layer(shape: ModelShape, layer: int) -> list[Parameter]:
     found += [
         _single(f"{name}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight", Cut.COLUMNS, layer),
         _single(f"{name}pre_mlp_layernorm.weight", f"{hf}post_attention_layernorm.weight", Cut.WHOLE, layer),
-        Parameter(
-            name=f"{name}mlp.linear_fc1.weight", hf=gate_up, cut=Cut.GATED_ROWS, join=Join.GATE_UP, layer=layer
-        ),
+        Parameter(name=f"{name}mlp.linear_fc1.weight", hf=gate_up, cut=Cut.GATED_ROWS, join=Join.GATE_UP, layer=layer),
         _single(f"{name}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", Cut.COLUMNS, layer),
     ]
     return found

@@ -1,8 +1,8 @@
 """Megatron's loss scaling, cancelled in one place.
 
-Our loss arrives complete: each microbatch contributes its share of a loss whose denominators count the whole batch, so the
-gradient wanted is the plain sum over microbatches and data-parallel ranks. Between a loss function and the optimizer
-Megatron-Core 0.19 has four places that rescale; this is what each does here:
+Our loss arrives complete: each microbatch contributes its share of a loss whose denominators count the whole batch, so
+the gradient wanted is the plain sum over microbatches and data-parallel ranks. Between a loss function and the
+optimizer Megatron-Core 0.19 has four places that rescale; this is what each does here:
 
 1. ``schedules.forward_step_calc_loss`` divides by the token count and by the number of microbatches, unless
    ``calculate_per_token_loss`` is set and the loss function returns three values. Both hold: nothing happens.
@@ -28,6 +28,6 @@ def complete(loss: Tensor, report: dict[str, Tensor]) -> tuple[Tensor, Tensor, d
 
 
 def finalize(model: list[Any], num_tokens: Tensor | None = None, **groups: Any) -> None:
-    """``finalize_model_grads`` without its division by tokens; takes and ignores the count, as the schedule passes one."""
+    """``finalize_model_grads`` without its division by tokens; the schedule passes their count, which is ignored."""
     del num_tokens
     finalize_model_grads(model, None, **groups)

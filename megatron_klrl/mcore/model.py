@@ -98,8 +98,8 @@ def unwrap(model: Any) -> GPTModel:
     return model
 
 
-def _layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_submodules(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+def _layer_spec(config: TransformerConfig) -> Any:
+    layer: Any = get_gpt_layer_local_submodules(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = CausalAttention

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Root-mean-square norm that works under sequence parallelism.
 
-    Megatron's ``WrappedTorchNorm`` refuses sequence parallelism, where each rank normalises its own part of the sequence
-    and the weight's gradient is the sum over the tensor-parallel ranks; marking the weight is all that takes.
+    Megatron's ``WrappedTorchNorm`` refuses sequence parallelism, where each rank normalises its own part of the
+    sequence and the weight's gradient is the sum over the tensor-parallel ranks; marking the weight is all that takes.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from megatron_klrl.mcore.groups import ProcessGroups
 
 
-
 class Mode(StrEnum):
     """What a pass does after the forward."""
 
@@ -52,8 +51,7 @@ def run(
         microbatch = next(stream)
         ids, positions = inputs(tokens(microbatch))
 
-        def loss(logits: Tensor, non_loss_data: bool = False) -> Any:
-            del non_loss_data
+        def loss(logits: Tensor, **_: Any) -> Any:
             return on_logits(microbatch, logits)
 
         return stage(ids, positions, None), loss

@@ -24,7 +24,9 @@ METRICS = (
     Metric("response/length_mean", "tokens", "mean response length, end-of-sequence token included"),
     Metric("kl/k1", "nats per sequence", "k1 estimate of KL(policy || reference); unbiased, can be negative"),
     Metric("kl/k3", "nats per sequence", "k3 estimate of KL(policy || reference); unbiased, never negative"),
-    Metric("kl/exact", "nats per sequence", "full-vocabulary KL at each visited position, summed: the least noisy estimate"),
+    Metric(
+        "kl/exact", "nats per sequence", "full-vocabulary KL at each visited position, summed: the least noisy estimate"
+    ),
     Metric("kl/p95", "nats per token", "95th percentile over response tokens of the full-vocabulary KL"),
     Metric("kl/max", "nats per token", "maximum over response tokens of the full-vocabulary KL"),
     Metric("kl/beta", "reward per nat", "weight of the KL in the objective"),
@@ -34,9 +36,13 @@ METRICS = (
     Metric("policy/loss", "reward", "value of the minimised loss; its gradient matters, not its level"),
     Metric("policy/lr", "1", "learning rate of the step"),
     Metric("grad/norm", "1", "L2 norm of the whole gradient before clipping"),
-    Metric("mismatch/logprob_abs_mean", "nats per token", "mean |old_logprobs - rollout_logprobs|: trainer against engine"),
+    Metric(
+        "mismatch/logprob_abs_mean", "nats per token", "mean |old_logprobs - rollout_logprobs|: trainer against engine"
+    ),
     Metric("mismatch/kl", "nats per token", "k3 estimate of KL(engine || trainer) on the engine's samples"),
-    Metric("mismatch/prob_ratio_mean", "1", "mean of trainer probability over engine probability of the sampled tokens"),
+    Metric(
+        "mismatch/prob_ratio_mean", "1", "mean of trainer probability over engine probability of the sampled tokens"
+    ),
     Metric("staleness/mean", "versions", "mean of weight version trained minus weight version sampled"),
     Metric("staleness/max", "versions", "its maximum"),
     Metric("time/generate_s", "s", "sampling, verification included"),

@@ -7,7 +7,8 @@ def rloo(rewards: Tensor, *, group_size: int) -> Tensor:
     """REINFORCE with a leave-one-out baseline: each reward less the mean of its siblings' rewards.
 
     Value: ``R_i - mean_{j != i} R_j`` within the group; no division by a standard deviation.
-    Gradient: times the score of the sequence, the expectation is exactly grad E[R] (the baseline does not depend on row i).
+    Gradient: times the score of the sequence, the expectation is exactly grad E[R]: the baseline does not depend on
+        row i.
 
     Args:
         rewards: ``[B]``, siblings of one prompt next to each other.
@@ -19,7 +20,8 @@ def rloo(rewards: Tensor, *, group_size: int) -> Tensor:
     Raises:
         ValueError: fewer than two rows per prompt, or rows that do not fill groups.
 
-    Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free"; Ahmadian et al. 2024, arXiv 2402.14740.
+    Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free"; Ahmadian et al. 2024,
+        arXiv 2402.14740.
     """
     if group_size < 2:
         raise ValueError(f"leave-one-out needs at least 2 samples per prompt, got group_size {group_size}")

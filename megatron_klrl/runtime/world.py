@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,7 @@ def join(*, timeout_s: float) -> World:
                 fix="start with `klrl train`, torchrun or `srun torchrun`",
             )
         rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        init = {}
+        init: dict[str, Any] = {}
     else:
         rank, size, local_rank = 0, 1, 0
         init = {"store": dist.HashStore(), "rank": 0, "world_size": 1}

@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_klrl.errors import UserError
 from megatron_klrl.tasks.rendering import render_prompt
@@ -185,5 +185,5 @@ class ArithmeticTask:
         del finish_reason
         if not completion_ids or completion_ids[-1] != self._tokenizer.eos_token_id:
             return 0.0
-        text = self._tokenizer.decode(list(completion_ids), skip_special_tokens=False)
+        text: Any = self._tokenizer.decode(list(completion_ids), skip_special_tokens=False)
         return float(text.endswith(f"\\boxed{{{prompt.answer}}}{self._tokenizer.eos_token}"))

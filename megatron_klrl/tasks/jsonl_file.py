@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_klrl.errors import UserError
 from megatron_klrl.tasks.rendering import last_boxed, render_prompt
@@ -73,7 +73,8 @@ class JsonlTask:
             finish_reason: has no influence: a box that was closed before generation was cut off counts.
         """
         del finish_reason
-        boxed = last_boxed(self._tokenizer.decode(list(completion_ids), skip_special_tokens=True))
+        text: Any = self._tokenizer.decode(list(completion_ids), skip_special_tokens=True)
+        boxed = last_boxed(text)
         return float(boxed is not None and boxed.strip() == prompt.answer)
 
 

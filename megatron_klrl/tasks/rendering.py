@@ -1,6 +1,6 @@
 """How a plain question becomes the tokens that the policy sees, and the policy's tokens become an answer."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", question: str) -> tuple[
     if tokenizer.chat_template is None:
         return question, tuple(tokenizer.encode(question))
     messages = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # The template wrote the special tokens already; adding them again would give e.g. Llama a second BOS.
     return text, tuple(tokenizer.encode(text, add_special_tokens=False))
 

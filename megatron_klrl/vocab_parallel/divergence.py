@@ -30,8 +30,8 @@ def entropy(logits: Tensor, *, shard: VocabShard, temperature: float = 1.0) -> T
 def full_kl(logits: Tensor, ref_logits: Tensor, *, shard: VocabShard, temperature: float = 1.0) -> Tensor:
     """KL(policy || reference) over the whole vocabulary at each position, given both at the same prefixes.
 
-    Value: ``sum_v p_v (log p_v - log q_v)``; summed over the tokens of sequences drawn from the policy it is an unbiased,
-    Rao-Blackwellised estimate of the sequence KL (Amini, Vieira, Cotterell 2025, arXiv 2504.10637).
+    Value: ``sum_v p_v (log p_v - log q_v)``; summed over the tokens of sequences drawn from the policy it is an
+    unbiased, Rao-Blackwellised estimate of the sequence KL (Amini, Vieira, Cotterell 2025, arXiv 2504.10637).
     Gradient: none (detached).
 
     Args:

@@ -27,7 +27,9 @@ def token_logprobs(logits: Tensor, labels: Tensor, *, shard: VocabShard, tempera
         ValueError: shapes differ.
     """
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"labels {tuple(labels.shape)} must have the shape of logits {tuple(logits.shape)} less its last")
+        raise ValueError(
+            f"labels {tuple(labels.shape)} must have the shape of logits {tuple(logits.shape)} less its last"
+        )
     return _TokenLogprobs.apply(logits, labels, shard, temperature)
 
 

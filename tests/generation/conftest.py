@@ -50,7 +50,9 @@ def fingerprint() -> dict[str, Any]:
         "random": random.getstate(),
         "threads": torch.get_num_threads(),
         "set_num_threads": torch.set_num_threads,
-        "environment": {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE", "NUMEXPR_MAX_THREADS")},
+        "environment": {
+            name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE", "NUMEXPR_MAX_THREADS")
+        },
     }
 
 

@@ -123,7 +123,7 @@ def test_every_layout_equals_transformers(folders: dict[str, Path], family: str,
 @pytest.mark.parametrize("layout", ["one_rank", "tp2", "pp2"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hugging_face_folder_in_and_out(folders: dict[str, Path], family: str, layout: str) -> None:
-    """Loading a folder and streaming it out again gives the same tensors bit for bit, and the same log-probabilities."""
+    """Loading a folder and streaming it out again gives the same tensors bit for bit, and the model is the same."""
     written = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32).state_dict()
     batch = rollout_batch()
     expected = token_logprobs(folders[family], batch.tokens).where(batch.response_mask, 0.0)

@@ -7,7 +7,6 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,8 +26,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         port = probe.getsockname()[1]
     pipes = [_context.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        _context.Process(target=_rank, args=(rank, size, port, pipes[rank][1], function, args), daemon=True)
-        for rank in range(size)
+        _context.Process(target=_rank, args=(rank, size, port, pipes[rank][1], function, args)) for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -61,21 +59,9 @@ def _rank(rank: int, size: int, port: int, sender: Connection, function: Callabl
     )
     try:
         answer = (True, function(*args))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  whatever it is, the test must show it
         answer = (False, traceback.format_exc())
     # plain pickle: multiprocessing's own would share tensors through this process, which is about to end
     sender.send_bytes(pickle.dumps(answer))
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may abort an ordinary interpreter exit
-
-
-@contextmanager
-def alone():
-    """One rank in this process, for tests that need a world of one."""
-    from megatron_klrl.runtime import world  # imported late: the fork server must not join a world
-
-    place = world.join(timeout_s=60)
-    try:
-        yield place
-    finally:
-        world.leave()

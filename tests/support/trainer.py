@@ -11,7 +11,7 @@ from megatron_klrl.config.model_folder import describe_model
 from megatron_klrl.losses.policy_loss import PolicyLoss
 from megatron_klrl.mcore import groups as process_groups
 from megatron_klrl.mcore.compat import run_on_cpu
-from megatron_klrl.mcore.engine import MegatronEngine, OptimizerSettings
+from megatron_klrl.mcore.engine import MegatronEngine, OptimizerSettings, TrainerSettings
 from megatron_klrl.rl.aggregation import sequence_sum
 from megatron_klrl.runtime import seeds
 from megatron_klrl.runtime import world as ranks
@@ -21,8 +21,14 @@ ADAM = OptimizerSettings(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01
 
 @contextmanager
 def trainer(
-    folder: Path, *, tensor: int = 1, pipeline: int = 1, sequence: bool = False, micro_batch_size: int = 2,
-    with_reference: bool = True, dtype: torch.dtype = torch.float32,
+    folder: Path,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    sequence: bool = False,
+    micro_batch_size: int = 2,
+    with_reference: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[MegatronEngine]:
     """An engine over the ranks that run this function."""
     run_on_cpu()
@@ -36,12 +42,14 @@ def trainer(
             groups=groups,
             shape=describe_model(folder),
             folder=folder,
-            dtype=dtype,
-            sequence_parallel=sequence,
-            optimizer=ADAM,
-            micro_batch_size=micro_batch_size,
-            temperature=1.0,
-            with_reference=with_reference,
+            settings=TrainerSettings(
+                dtype=dtype,
+                sequence_parallel=sequence,
+                micro_batch_size=micro_batch_size,
+                temperature=1.0,
+                with_reference=with_reference,
+                optimizer=ADAM,
+            ),
         )
     finally:
         process_groups.destroy()

@@ -28,10 +28,10 @@ def note(name, **values):
     if fate == f"work-{rank}": raise WorkError("the loss is not finite")
     if fate == f"bug-{rank}": raise RuntimeError("broken")
 
-def train_rank(recipe, run_dir, resume):
+def train_rank(recipe, run_dir, *, resume):
     note("train", steps=recipe.loop.steps, run_dir=run_dir, resume=resume)
 
-def eval_rank(recipe, checkpoint, hf, as_json):
+def eval_rank(recipe, checkpoint, hf, *, as_json):
     note("eval", sets=sorted(recipe.data.eval), checkpoint=checkpoint, hf=hf, json=as_json)
 
 def export_checkpoint(checkpoint, to):

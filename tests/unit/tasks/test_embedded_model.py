@@ -118,7 +118,7 @@ def test_text_round_trips_and_foreign_characters_are_unknown(tokenizer) -> None:
     assert tokenizer.encode("5 x") == [tokenizer.encode("5")[0], tokenizer.unk_token_id, tokenizer.unk_token_id]
 
 
-def test_demonstrations_without_noise_are_right(recipe, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demonstrations_without_noise_are_right(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "SLIP_PROBABILITY", 0.0)
     monkeypatch.setattr(recipe, "DIRECT_ANSWER_PROBABILITY", 0.0)
     rng = random.Random(0)

@@ -1,0 +1,61 @@
+"""Step metrics by hand."""
+
+import math
+
+import torch
+
+from megatron_klrl.batch import RolloutBatch, TokenScores
+from megatron_klrl.metrics.step import of_rollouts, of_scores
+
+MASK = torch.tensor([[True, True], [True, False]])
+
+
+def batch() -> RolloutBatch:
+    return RolloutBatch(
+        tokens=torch.zeros(2, 3, dtype=torch.long),
+        response_mask=MASK,
+        rollout_logprobs=torch.tensor([[-1.0, -1.0], [-1.0, 0.0]]),
+        rewards=torch.tensor([1.0, 0.0]),
+        weight_version=torch.tensor([4, 7]),
+    )
+
+
+def test_rollout_metrics_by_hand() -> None:
+    found = of_rollouts(batch(), weight_version=8)
+    assert found == {
+        "reward/mean": 0.5,
+        "reward/std": 0.5,
+        "response/length_mean": 1.5,
+        "staleness/mean": 2.5,
+        "staleness/max": 4.0,
+    }
+
+
+def test_score_metrics_by_hand() -> None:
+    scores = TokenScores(
+        old_logprobs=torch.tensor([[-1.0, -1.5], [-0.5, 0.0]]),
+        entropy=torch.tensor([[0.3, 0.6], [0.9, 99.0]]),
+        ref_logprobs=torch.tensor([[-2.0, -1.0], [-0.5, 0.0]]),
+        full_kl=torch.tensor([[0.2, 0.4], [0.0, 99.0]]),
+    )
+    found = of_scores(batch(), scores)
+    k3 = [math.exp(-1) - 1 + 1, math.exp(0.5) - 1 - 0.5, 0.0]
+    expected = {
+        "policy/entropy": 0.6,
+        "mismatch/logprob_abs_mean": 1 / 3,
+        "mismatch/kl": (math.exp(-0.5) - 1 + 0.5 + math.exp(0.5) - 1 - 0.5) / 3,
+        "mismatch/prob_ratio_mean": (1 + math.exp(-0.5) + math.exp(0.5)) / 3,
+        "kl/k1": (1.0 - 0.5) / 2,
+        "kl/k3": sum(k3) / 2,
+        "kl/exact": 0.3,
+        "kl/max": 0.4,
+        "kl/p95": 0.38,
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert math.isclose(found[name], value, rel_tol=1e-5), name
+
+
+def test_without_a_reference_there_is_no_distance() -> None:
+    scores = TokenScores(old_logprobs=torch.zeros(2, 2), entropy=torch.zeros(2, 2))
+    assert not any(name.startswith("kl/") for name in of_scores(batch(), scores))

@@ -1,0 +1,80 @@
+"""metrics.jsonl, TensorBoard events and the run card."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_klrl.metrics.names import METRICS, known
+from megatron_klrl.tracking.card import Card
+from megatron_klrl.tracking.console import RunConsole
+from megatron_klrl.tracking.jsonl import MetricsFile
+from megatron_klrl.tracking.tensorboard import TensorBoardWriter
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, keep_before=1)
+    for step in (0, 1, 2, 3):
+        first.write(step, {"reward/mean": float(step)})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "rewa')  # killed in the middle of a line
+    second = MetricsFile(path, keep_before=3)
+    second.write(3, {"reward/mean": 30.0})
+    second.close()
+    assert steps(path) == [0, 1, 2, 3]
+    assert json.loads(path.read_text().splitlines()[-1])["reward/mean"] == 30.0
+
+
+def test_a_fresh_run_does_not_keep_old_steps(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    MetricsFile(path, keep_before=1).close()
+    assert path.read_text() == ""
+
+
+def test_tensorboard_holds_the_scalars_and_the_text(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path)
+    writer.write(1, {"reward/mean": 0.25})
+    writer.write(2, {"reward/mean": 0.5})
+    writer.text("card", "# Run card", step=2)
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
+    assert any(tag.startswith("card") for tag in events.Tags()["tensors"])
+
+
+def test_the_card_is_a_table_and_escapes_bars() -> None:
+    text = Card(facts={"objective": "max E[R] - 0.1 KL(policy || reference)"}).render()
+    assert "KL(policy \\|\\| reference)" in text
+    assert "torch" in text
+
+
+def test_metric_names_are_unique_and_complete() -> None:
+    names = [metric.name for metric in METRICS]
+    assert len(names) == len(set(names))
+    assert all(metric.unit and metric.meaning for metric in METRICS)
+    assert known("eval/long/accuracy")
+    assert not known("eval/long/acuracy")
+    assert not known("reward/men")
+
+
+def test_rows_without_a_terminal_are_plain_lines() -> None:
+    console = Console(record=True, width=120, force_terminal=False)
+    run = RunConsole(steps=2, console=console)
+    with run.training(first_step=0):
+        run.step(1, {"reward/mean": 0.5, "kl/exact": 0.25, "time/step_s": 1.0})
+        run.evaluation(1, {"eval/id/accuracy": 0.5, "eval/id/stderr": 0.1})
+        run.evaluation(2, {"eval/id/accuracy": 0.75, "eval/id/stderr": 0.1})
+    text = console.export_text()
+    assert "reward" in text
+    assert "0.500" in text
+    assert "id 0.750 (+0.25)" in text
+    assert text.count("-") >= 1, "a metric that is not measured shows as a dash"
