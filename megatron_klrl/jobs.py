@@ -38,7 +38,8 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
             run.finish(exported, facts=_facts(recipe, place))
             parts.engine.close()
     console.say(f"run directory  {run_dir}")
-    console.say(f"watch it with  tensorboard --logdir {run_dir / 'tensorboard'}")
+    logdir = run_dir.parent if run_dir.parent.name == "runs" else run_dir  # a home shows all runs side by side
+    console.say(f"watch it with  tensorboard --logdir {logdir}")
 
 
 def eval_rank(recipe: Recipe, checkpoint: Path | None, hf: Path | None, *, as_json: bool) -> None:

@@ -181,6 +181,9 @@ class LoopSection(Section):
     """Sequences of one forward pass on one rank; changes memory and speed, not the result."""
     eval_every: Count = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
+    split_gradient_every: Count = 0
+    """Steps between measurements of the KL term's own gradient (grad/kl_norm, grad/policy_kl_cosine), each of which
+    costs a second forward and backward; 0: never."""
     checkpoint_every: Count = 0
     """Steps between checkpoints; 0: only at the end."""
 

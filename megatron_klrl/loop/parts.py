@@ -23,6 +23,14 @@ class Update(Protocol):
     lr: float
 
 
+class Split(Protocol):
+    """The parts of a gradient."""
+
+    loss: float
+    kl_norm: float
+    cosine: float
+
+
 class TrainEngine(Protocol):
     """Scores batches, takes gradients, steps, streams weights. Every method is collective over all ranks."""
 
@@ -34,6 +42,10 @@ class TrainEngine(Protocol):
 
     def forward_backward(self, batch: TrainBatch, loss: PolicyLoss) -> float:
         """Accumulate the gradient of the whole batch; its loss."""
+        ...
+
+    def split_gradient(self, batch: TrainBatch, loss: PolicyLoss) -> Split:
+        """Accumulate the same gradient, and say how its KL part relates to its policy part."""
         ...
 
     def optim_step(self) -> Update:

@@ -82,10 +82,11 @@ class Run:
 
     def _start(self) -> None:
         """Evaluation of the untouched model, and the reference samples of the optimum report."""
-        with self._console.phase("evaluation of the untouched model"):
-            found = evaluate(self.parts)
-        if self.record:
-            self.record.step(0, {}, found)
+        if self.parts.evaluation:
+            with self._console.phase("evaluation of the untouched model"):
+                found = evaluate(self.parts)
+            if self.record:
+                self.record.step(0, {}, found)
         spec = self.parts.recipe.optimum
         if spec.prompts and self.parts.recipe.kl.beta > 0:
             rates = optimum.success_rates(optimum.sample_for_optimum(self.parts), samples=spec.samples)
@@ -98,7 +99,9 @@ class Run:
                 found = self._rollouts(step)
             batch = collate(found, device=parts.world.device)
             values = step_metrics.of_rollouts(batch, weight_version=self.state.weight_version)
-            metrics, scores = train_on(batch, parts)
+            every = parts.recipe.loop.split_gradient_every
+            split = parts.recipe.kl.beta > 0 and every > 0 and step % every == 0
+            metrics, scores = train_on(batch, parts, split_gradient=split)
             with timers.span("sync"):
                 version = self.state.weight_version + 1
                 parts.engine.update_weights(parts.trainer.export_weights(), version=version)

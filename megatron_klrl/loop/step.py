@@ -17,8 +17,13 @@ from megatron_klrl.rl.advantages import rloo
 from megatron_klrl.rl.aggregation import AGGREGATIONS
 
 
-def train_on(batch: RolloutBatch, parts: Parts) -> tuple[dict[str, float], TokenScores]:
+def train_on(batch: RolloutBatch, parts: Parts, *, split_gradient: bool) -> tuple[dict[str, float], TokenScores]:
     """Score a batch, take the gradient of the objective on it, and step.
+
+    Args:
+        batch: the step's rollouts.
+        parts: of the run.
+        split_gradient: also measure the KL term's gradient apart; the update is the same.
 
     Returns:
         The step's metrics (times excluded) and the scores they come from.
@@ -31,15 +36,21 @@ def train_on(batch: RolloutBatch, parts: Parts) -> tuple[dict[str, float], Token
     recipe = parts.recipe
     metrics = step_metrics.of_scores(batch, scores) | {"kl/beta": recipe.kl.beta, "policy/clip_fraction": 0.0}
     with parts.timers.span("train"):
-        loss = parts.trainer.forward_backward(
-            assemble(batch, scores, recipe), policy_loss(recipe, batch.tokens.shape[0])
-        )
+        metrics |= _gradient(parts, assemble(batch, scores, recipe), split=split_gradient)
         update = parts.trainer.optim_step()
-    metrics |= {"policy/loss": loss, "grad/norm": update.grad_norm, "policy/lr": update.lr}
+    metrics |= {"grad/norm": update.grad_norm, "policy/lr": update.lr}
     broken = [name for name, value in metrics.items() if not torch.isfinite(torch.tensor(value))]
     if broken:
         raise WorkError(f"{', '.join(broken)} not finite at optimizer step {parts.trainer.step}")
     return metrics, scores
+
+
+def _gradient(parts: Parts, batch: TrainBatch, *, split: bool) -> dict[str, float]:
+    loss = policy_loss(parts.recipe, batch.num_rows)
+    if not split:
+        return {"policy/loss": parts.trainer.forward_backward(batch, loss)}
+    found = parts.trainer.split_gradient(batch, loss)
+    return {"policy/loss": found.loss, "grad/kl_norm": found.kl_norm, "grad/policy_kl_cosine": found.cosine}
 
 
 def assemble(batch: RolloutBatch, scores: TokenScores, recipe: Recipe) -> TrainBatch:

@@ -1,8 +1,9 @@
 """What one microbatch adds to the loss of the update."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from megatron_klrl.batch import TrainBatch
@@ -40,3 +41,13 @@ class PolicyLoss:
         if self.loss_side_kl is not None:
             kl = kl + self.loss_side_kl(logprobs, rows).sum()
         return policy + kl / self.num_sequences
+
+
+def policy_part(batch: TrainBatch, loss: PolicyLoss) -> tuple[TrainBatch, PolicyLoss]:
+    """The same update without its KL term."""
+    return replace(batch, kl_advantages=torch.zeros_like(batch.kl_advantages)), replace(loss, loss_side_kl=None)
+
+
+def kl_part(batch: TrainBatch, loss: PolicyLoss) -> tuple[TrainBatch, PolicyLoss]:
+    """The KL term of the same update alone. With ``policy_part`` it adds up to the whole loss."""
+    return replace(batch, advantages=torch.zeros_like(batch.advantages)), loss

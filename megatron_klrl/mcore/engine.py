@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_klrl.batch import RolloutBatch, TokenScores, TrainBatch, padding_rows
 from megatron_klrl.config.model_folder import ModelShape
-from megatron_klrl.losses.policy_loss import PolicyLoss
+from megatron_klrl.losses.policy_loss import PolicyLoss, kl_part, policy_part
 from megatron_klrl.mcore import checkpoint, conversion, loss_scaling, passes
 from megatron_klrl.mcore.groups import ProcessGroups
 from megatron_klrl.mcore.model import build_model, padded_vocab_size, transformer_config, unwrap
@@ -57,6 +57,21 @@ class TrainerSettings:
     temperature: float
     with_reference: bool
     optimizer: OptimizerSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientSplit:
+    """The two parts of an update's gradient.
+
+    Attributes:
+        loss: of the whole batch.
+        kl_norm: L2 norm of the KL term's gradient, beta included.
+        cosine: of the angle between the policy gradient and the KL term's gradient; 0 when either vanishes.
+    """
+
+    loss: float
+    kl_norm: float
+    cosine: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +191,29 @@ class MegatronEngine:
         local = torch.stack([r["loss"] for r in reports]).sum().view(1) if reports else None
         total = passes.share_from_last_stage(local, (1,), groups=self.groups, device=self.world.device)
         return float(passes.gather_rows(total, groups=self.groups).sum())
+
+    def split_gradient(self, batch: TrainBatch, loss: PolicyLoss) -> GradientSplit:
+        """``forward_backward`` in two passes, the KL term apart from the policy gradient; their sum is what stays.
+
+        Costs a second forward and backward, and streams both gradients once.
+        """
+        kl_loss = self.forward_backward(*kl_part(batch, loss), keep_whole_gradient=True)
+        kept = {name: _main_grad(p).clone() for name, p in conversion.local_parameters(unwrap(self.model))}
+        policy_loss = self.forward_backward(*policy_part(batch, loss), keep_whole_gradient=True)
+        by_identity = {id(p): kept[name] for name, p in conversion.local_parameters(unwrap(self.model))}
+        kl = conversion.export_hf(
+            unwrap(self.model), shape=self.shape, groups=self.groups, value=lambda p: by_identity[id(p)]
+        )
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        for (_, ours), (_, theirs) in zip(kl, self.export_gradients(), strict=True):
+            sums += torch.stack(
+                [(a * b).sum(dtype=torch.float64) for a, b in ((ours, ours), (theirs, theirs), (ours, theirs))]
+            )
+        for _, parameter in conversion.local_parameters(unwrap(self.model)):
+            _main_grad(parameter).add_(by_identity[id(parameter)])
+        kl_norm, policy_norm = float(sums[0].sqrt()), float(sums[1].sqrt())
+        cosine = float(sums[2]) / (kl_norm * policy_norm) if kl_norm * policy_norm > 0 else 0.0
+        return GradientSplit(loss=kl_loss + policy_loss, kl_norm=kl_norm, cosine=cosine)
 
     def optim_step(self) -> UpdateReport:
         """Clip, step Adam, count the step."""

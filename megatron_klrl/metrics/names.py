@@ -36,6 +36,8 @@ METRICS = (
     Metric("policy/loss", "reward", "value of the minimised loss; its gradient matters, not its level"),
     Metric("policy/lr", "1", "learning rate of the step"),
     Metric("grad/norm", "1", "L2 norm of the whole gradient before clipping"),
+    Metric("grad/kl_norm", "1", "L2 norm of the KL term's gradient, beta included; only where it was measured apart"),
+    Metric("grad/policy_kl_cosine", "1", "cosine of the angle between policy gradient and KL gradient; likewise"),
     Metric(
         "mismatch/logprob_abs_mean", "nats per token", "mean |old_logprobs - rollout_logprobs|: trainer against engine"
     ),
@@ -55,6 +57,32 @@ METRICS = (
     Metric("eval/<name>/accuracy", "fraction", "mean reward of the current policy on an evaluation set"),
     Metric("eval/<name>/stderr", "fraction", "standard error of that mean, prompts taken as independent"),
 )
+
+PANELS = {
+    "Is it learning?": {
+        "reward and evaluation": ["reward/mean", "eval/.*/accuracy"],
+        "objective E[R] - beta KL": ["objective/mean"],
+        "response length, tokens": ["response/length_mean"],
+    },
+    "Is the KL right?": {
+        "KL(policy || reference), nats per sequence": ["kl/k1", "kl/k3", "kl/exact"],
+        "per token: 95th percentile and maximum, nats": ["kl/p95", "kl/max"],
+        "entropy, nats per token": ["policy/entropy"],
+        "gradient norm: whole and KL part": ["grad/norm", "grad/kl_norm"],
+        "cosine of policy gradient and KL gradient": ["grad/policy_kl_cosine"],
+    },
+    "Is the engine consistent?": {
+        "|trainer - engine| log-probability, nats": ["mismatch/logprob_abs_mean"],
+        "staleness, versions": ["staleness/mean", "staleness/max"],
+    },
+    "Where does the time go?": {
+        "seconds": ["time/.*_s"],
+    },
+}
+"""Question -> chart -> metrics (regular expressions): the page that TensorBoard shows under "Custom scalars"."""
+
+NOT_PLOTTED = ("stderr",)
+"""Last parts of names that belong to another metric's value and would only fill the page with charts."""
 
 
 def known(name: str) -> bool:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_klrl.metrics.names import NOT_PLOTTED, PANELS
+
 
 class TensorBoardWriter:
     """Scalars under the metric names, and text."""
@@ -17,10 +19,18 @@ class TensorBoardWriter:
             purge_step: a resumed run's first step; what was written from there on disappears from the page.
         """
         self._writer = SummaryWriter(log_dir=str(folder), purge_step=purge_step, flush_secs=5)
+        self._writer.add_custom_scalars(
+            {
+                question: {chart: ["Multiline", tags] for chart, tags in charts.items()}
+                for question, charts in PANELS.items()
+            }
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write one step's scalars."""
         for name, value in values.items():
+            if name.endswith(NOT_PLOTTED):
+                continue
             self._writer.add_scalar(name, value, step)
 
     def text(self, tag: str, markdown: str, *, step: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_klrl.losses.policy_loss import kl_part, policy_part
 from megatron_klrl.mcore.model import unwrap
 from tests.support.models import FAMILIES, token_logprobs, write_model
 from tests.support.ranks import run_ranks
@@ -149,3 +150,67 @@ def test_llama31_rotary_scaling_equals_transformers(folders: dict[str, Path]) ->
     assert not torch.allclose(expected, unscaled, rtol=1e-2), "this configuration must exercise the scaling"
     (found,) = run_ranks(1, rotary_frequencies, folders["llama31_untied"])
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def bf16_scores(folder: Path, tensor: int) -> tuple[Tensor, float]:
+    """Log-probabilities and the loss's gradient norm in bf16."""
+    with trainer(folder, tensor=tensor, dtype=torch.bfloat16) as engine:
+        batch = rollout_batch()
+        scores = engine.score(batch)
+        engine.forward_backward(train_batch(batch), policy_loss(batch))
+        return scores.old_logprobs, engine.optim_step().grad_norm
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_bf16_stays_near_float32(folders: dict[str, Path], tensor: int) -> None:
+    """bf16 keeps 8 bits: logits of size 10 are off by up to 0.04 each layer; float32 sums keep the mean error small."""
+    logprobs, _, gradients = oracle(folders["qwen3_tied"])
+    norm = float(torch.cat([g.flatten() for g in gradients.values()]).norm())
+    for found, grad_norm in run_ranks(tensor, bf16_scores, folders["qwen3_tied"], tensor):
+        assert (found - logprobs).abs().mean() < 0.05
+        assert (found - logprobs).abs().max() > 1e-5, "this must really run in bf16"
+        assert grad_norm == pytest.approx(norm, rel=0.1)
+
+
+@dataclass
+class SplitResult:
+    """The gradient's parts, and the gradient itself taken both ways."""
+
+    loss: float
+    whole_loss: float
+    kl_norm: float
+    cosine: float
+    in_parts: dict[str, Tensor]
+    at_once: dict[str, Tensor]
+
+
+def split_and_whole(folder: Path, layout: Layout) -> SplitResult:
+    """Take the same gradient in two parts and at once."""
+    with trainer(folder, tensor=layout.tensor, pipeline=layout.pipeline) as engine:
+        batch = rollout_batch()
+        split = engine.split_gradient(train_batch(batch), policy_loss(batch))
+        in_parts = {name: tensor.clone() for name, tensor in engine.export_gradients()}
+        loss = engine.forward_backward(train_batch(batch), policy_loss(batch), keep_whole_gradient=True)
+        at_once = {name: tensor.clone() for name, tensor in engine.export_gradients()}
+        return SplitResult(split.loss, loss, split.kl_norm, split.cosine, in_parts, at_once)
+
+
+@pytest.mark.parametrize("layout", ["one_rank", "tp2_pp2", "dp2"])
+def test_gradient_in_two_parts_is_the_gradient(folders: dict[str, Path], layout: str) -> None:
+    """Norm and angle are those of autograd through transformers, and the parts add up to the whole."""
+    batch = rollout_batch()
+    model = AutoModelForCausalLM.from_pretrained(folders["qwen3_tied"], dtype=torch.float32)
+    logprobs = torch.log_softmax(model(batch.tokens[:, :-1]).logits, -1)
+    logprobs = logprobs.gather(-1, batch.tokens[:, 1:, None]).squeeze(-1)
+    flat = []
+    for part in (policy_part, kl_part):
+        rows, loss = part(train_batch(batch), policy_loss(batch))
+        gradients = torch.autograd.grad(loss(logprobs, rows), list(model.parameters()), retain_graph=True)
+        flat.append(torch.cat([g.flatten() for g in gradients]).double())
+    cosine = float(flat[0] @ flat[1] / flat[0].norm() / flat[1].norm())
+    for result in run_ranks(LAYOUTS[layout].ranks, split_and_whole, folders["qwen3_tied"], LAYOUTS[layout]):
+        assert result.loss == pytest.approx(result.whole_loss, rel=1e-5)
+        assert result.kl_norm == pytest.approx(float(flat[1].norm()), rel=1e-4)
+        assert result.cosine == pytest.approx(cosine, abs=1e-4)
+        for name, gradient in result.at_once.items():
+            assert (result.in_parts[name] - gradient).norm() <= GRADIENT_ERROR * gradient.norm(), name

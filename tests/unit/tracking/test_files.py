@@ -1,12 +1,13 @@
 """metrics.jsonl, TensorBoard events and the run card."""
 
 import json
+import re
 from pathlib import Path
 
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_klrl.metrics.names import METRICS, known
+from megatron_klrl.metrics.names import METRICS, PANELS, known
 from megatron_klrl.tracking.card import Card
 from megatron_klrl.tracking.console import RunConsole
 from megatron_klrl.tracking.jsonl import MetricsFile
@@ -55,6 +56,14 @@ def test_the_card_is_a_table_and_escapes_bars() -> None:
     text = Card(facts={"objective": "max E[R] - 0.1 KL(policy || reference)"}).render()
     assert "KL(policy \\|\\| reference)" in text
     assert "torch" in text
+
+
+def test_every_panel_shows_metrics_that_exist() -> None:
+    names = [metric.name.replace("<name>", "id") for metric in METRICS]
+    for charts in PANELS.values():
+        for patterns in charts.values():
+            for pattern in patterns:
+                assert any(re.fullmatch(pattern, name) for name in names), pattern
 
 
 def test_metric_names_are_unique_and_complete() -> None:
