@@ -32,7 +32,7 @@ check: setup ## format, lint, types and import layers
 	@echo "[check] ruff check"
 	@$(BIN)/ruff check --quiet .
 	@echo "[check] pyrefly"
-	@$(BIN)/pyrefly check --output-format min-text --summary none
+	@$(BIN)/pyrefly check --output-format=min-text --summary=none
 	@echo "[check] import layers"
 	@$(BIN)/lint-imports --no-logo
 

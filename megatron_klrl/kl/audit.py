@@ -1,13 +1,14 @@
 """The audit: every configuration's expected gradient, computed with the production code, against exact gradients."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_klrl.kl.catalogue import CatalogueEntry, catalogue
-from megatron_klrl.kl.config import Objective
+from megatron_klrl.kl.config import KLConfig, Objective
 from megatron_klrl.kl.effects import Effect, measure_effects
 from megatron_klrl.kl.exact import Sharing, Space, build_space, sequence_kl
 from megatron_klrl.kl.expectation import Term, Verdict
@@ -178,17 +179,29 @@ def run_audit(*, seed: int = 0, num_prompts: int = 3, vocab_size: int = 3, max_t
             "at least 1, 2 and 2"
         )
     space = build_space(num_prompts=num_prompts, vocab_size=vocab_size, max_tokens=max_tokens, sharing=Sharing.SHARED)
-    on_policy, off_policy = _problems(space, seed=seed)
+    problems = _problems(space, seed=seed)
+    rows = _rows(problems, catalogue())
+    return AuditReport(problem=_describe(problems[1], seed=seed), rows=rows, effects=measure_effects(seed=seed))
+
+
+def audit_configuration(config: KLConfig, *, seed: int = 0) -> AuditRow:
+    """The row of one configuration, on the policies of ``run_audit``: a run keeps it beside its results."""
+    space = build_space(num_prompts=3, vocab_size=3, max_tokens=4, sharing=Sharing.SHARED)
+    (row,) = _rows(_problems(space, seed=seed), [entry for entry in catalogue() if entry.config.axes == config.axes])
+    return row
+
+
+def _rows(problems: tuple[Problem, Problem], entries: Iterable[CatalogueEntry]) -> tuple[AuditRow, ...]:
+    on_policy, off_policy = problems
     exact = (exact_gradients(on_policy), exact_gradients(off_policy))
-    rows = tuple(
+    return tuple(
         AuditRow(
             entry=entry,
             on_policy=_measure(on_policy, exact[0], entry, on_policy=True),
             off_policy=_measure(off_policy, exact[1], entry, on_policy=False),
         )
-        for entry in catalogue()
+        for entry in entries
     )
-    return AuditReport(problem=_describe(off_policy, seed=seed), rows=rows, effects=measure_effects(seed=seed))
 
 
 def _problems(space: Space, *, seed: int) -> tuple[Problem, Problem]:

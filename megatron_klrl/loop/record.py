@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_klrl.errors import WorkError
+from megatron_klrl.kl.audit import audit_configuration
+from megatron_klrl.kl.config import KLConfig
 from megatron_klrl.loop.optimum import OptimumReport, Point
 from megatron_klrl.metrics.names import known
 from megatron_klrl.tracking.card import Card
@@ -53,6 +55,11 @@ class RunRecord:
         text = card.render()
         (self.run_dir / "card.md").write_text(text)
         self._board.text("card", text, step=self._steps)
+
+    def audit(self, config: KLConfig) -> None:
+        """The expected gradient of this run's KL configuration, by enumeration with the code that trained."""
+        row = audit_configuration(config)
+        (self.run_dir / "audit.json").write_text(json.dumps(row.to_dict(), indent=2) + "\n")
 
     def optimum(self, report: OptimumReport) -> None:
         """Reached and optimal side by side, on disk and on the terminal."""

@@ -153,6 +153,7 @@ class Run:
             report = optimum.report(self.parts, reference_rates=self.state.reference_rates)
         if self.record is None:
             return
+        self.record.audit(self.parts.recipe.kl)
         results = {"steps": str(self.state.step), "result": str(exported)}
         if report is not None:
             self.record.optimum(report)

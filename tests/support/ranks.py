@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import pickle
 import socket
-import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -63,5 +62,3 @@ def _rank(rank: int, size: int, port: int, sender: Connection, function: Callabl
         answer = (False, traceback.format_exc())
     # plain pickle: multiprocessing's own would share tensors through this process, which is about to end
     sender.send_bytes(pickle.dumps(answer))
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may abort an ordinary interpreter exit

@@ -37,5 +37,5 @@ def test_a_claim_that_does_not_hold_fails_the_command(monkeypatch):
     wrong = replace(true, rows=(replace(first, on_policy=true.rows[10].on_policy), *true.rows[1:]))
     monkeypatch.setattr("megatron_klrl.cli.audit.run_audit", lambda: wrong)
 
-    with pytest.raises(WorkError, match="do not hold for: reward/k1/sequence/none$"):
+    with pytest.raises(WorkError, match=r"do not hold for: reward/k1/sequence/none$"):
         audit(json=True)
