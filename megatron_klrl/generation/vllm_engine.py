@@ -63,7 +63,7 @@ class VLLMEngine:
                     field="generation",
                     fix="change generation.kv_cache_mib, generation.max_model_len or generation.max_num_seqs",
                 ) from error
-        self._usable = True
+        self._usable, self._max_model_len = True, max_model_len
         self.weight_version = 0
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -72,6 +72,13 @@ class VLLMEngine:
             raise WorkError("the generation engine holds incomplete weights: push all weights again before sampling")
         if not requests:
             return []
+        longest = max(len(request.prompt_ids) for request in requests)
+        if longest >= self._max_model_len:
+            raise UserError(
+                f"a prompt of {longest} tokens leaves no room for a response in {self._max_model_len}",
+                field="generation.max_model_len",
+                fix=f"set it to {longest + sampling.max_tokens} or more, or leave such prompts out of the data",
+            )
         from vllm import SamplingParams  # noqa: PLC0415
 
         parameters = [
@@ -107,6 +114,7 @@ class VLLMEngine:
             except BaseException:
                 vllm_host.roll_back_reload(self._runner().model)
                 raise
+            vllm_host.repack_tied_head(self._runner().model)
             # KV computed with the old weights would silently condition new tokens
             if not self._llm.reset_prefix_cache(reset_running_requests=True):
                 raise WorkError("vLLM kept cached prefixes of the old weights")

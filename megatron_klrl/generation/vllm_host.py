@@ -149,3 +149,18 @@ def roll_back_reload(model: Any) -> None:
         info.reset()
     if hasattr(internals, "LOADING_LAYERS"):
         internals.LOADING_LAYERS.clear()
+
+
+def repack_tied_head(model: Any) -> None:
+    """Pack a tied output layer again after a reload.
+
+    On CPU, vLLM multiplies by a packed copy of each weight. In 0.32 a tied output layer is a module of its own, and a
+    reload refreshes the embedding but not that layer's copy: logits would come from the old head, without an error. In
+    0.24 both are one module, and there is nothing to do.
+    """
+    head = getattr(model, "lm_head", None)
+    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
+    if head is None or head is embedding or not hasattr(head, "cpu_linear"):
+        return
+    if getattr(model.config, "tie_word_embeddings", False):
+        head.quant_method.process_weights_after_loading(head)

@@ -175,7 +175,8 @@ def test_the_same_seed_repeats_the_run_and_another_does_not(trained: Trained, tm
     same, other = tmp_path / "same", tmp_path / "other"
     assert klrl("train", RECIPE, *short, "--run-dir", same).returncode == 0
     assert klrl("train", RECIPE, *short, "loop.seed=1", "--run-dir", other).returncode == 0
-    assert reproducible(Trained(same, "").metrics())[1:] == reproducible(trained.metrics())[1:4]
+    again, first = (reproducible(run.metrics()) for run in (Trained(same, ""), trained))
+    assert again == [row for row in first if 1 <= row["step"] <= 3]
     assert reproducible(Trained(other, "").metrics()) != reproducible(Trained(same, "").metrics())
 
 

@@ -62,6 +62,8 @@ def host(folder: Path) -> Iterator[Host]:
     built = Host(folder)
     yield built
     built.engine.close()
+    # vLLM 0.32 would have destroyed the trainer's default group with the engine
+    assert dist.is_initialized(), "closing an engine took the trainer's process group with it"
     ranks.leave()
 
 

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from megatron_klrl.errors import WorkError
+from megatron_klrl.errors import UserError, WorkError
 from megatron_klrl.generation.engine import Completion, Request, Sampling
 from megatron_klrl.generation.vllm_engine import VLLMEngine
+from megatron_klrl.runtime.world import World
 from tests.generation.conftest import Host, fingerprint, named_weights
 
 EOS = 1
@@ -112,10 +113,17 @@ def test_an_incomplete_update_leaves_the_engine_unusable_until_a_complete_one(
     assert [(c.token_ids, c.logprobs) for c in after] == [(c.token_ids, c.logprobs) for c in before]
 
 
-def test_a_refused_request_does_not_block_the_next(engine: VLLMEngine) -> None:
-    with pytest.raises(ValueError, match="prompt"):
-        engine.generate([REQUESTS[0], Request(prompt_ids=(2,) * 100, seed=1)], SAMPLING)
-    assert len(engine.generate(REQUESTS, SAMPLING)) == len(REQUESTS)
+def test_a_prompt_without_room_for_a_response_is_the_users_error(engine: VLLMEngine) -> None:
+    with pytest.raises(UserError, match=r"generation.max_model_len.*prompt of 64 tokens.*Fix"):
+        engine.generate([REQUESTS[0], Request(prompt_ids=(2,) * 64, seed=1)], SAMPLING)
+
+
+def test_a_request_that_breaks_inside_a_step_does_not_block_the_next(engine: VLLMEngine) -> None:
+    """A token beyond the vocabulary fails in the forward and leaves its request queued; vLLM would loop for ever."""
+    before = engine.generate(REQUESTS, SAMPLING)
+    with pytest.raises(IndexError):
+        engine.generate([REQUESTS[0], Request(prompt_ids=(2, 9999), seed=1)], SAMPLING)
+    assert [c.token_ids for c in engine.generate(REQUESTS, SAMPLING)] == [c.token_ids for c in before]
 
 
 def test_starting_an_engine_leaves_the_host_as_it_was(host: Host) -> None:
@@ -138,19 +146,7 @@ def test_thread_count_can_still_be_set(host: Host) -> None:
     torch.set_num_threads(threads)
 
 
-def test_the_process_group_survives_a_second_engine(host: Host, folder: Path) -> None:
-    """vLLM's clean-up destroys the default group in some versions; it is the trainer's."""
-    import vllm.distributed.parallel_state as state  # noqa: PLC0415
-
-    del host, folder
-    assert dist.is_initialized()
-    assert state.destroy_distributed_environment.__module__ == "megatron_klrl.generation.vllm_host"
-
-
 def test_a_model_length_that_does_not_fit_is_the_users_error(host: Host, folder: Path) -> None:
-    from megatron_klrl.errors import UserError  # noqa: PLC0415
-    from megatron_klrl.runtime.world import World  # noqa: PLC0415
-
     del host
     with pytest.raises(UserError, match="generation"):
         VLLMEngine(
