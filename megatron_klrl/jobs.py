@@ -31,11 +31,19 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
             from megatron_klrl.loop.run import Run  # noqa: PLC0415
         with build.site(recipe) as place:
             parts = _parts(recipe, place, console)
-            run = Run(parts, run_dir, console=console, tokenizer=place.tokenizer, source=place.folder, resume=resume)
+            run = Run(
+                parts,
+                run_dir,
+                console=console,
+                tokenizer=place.tokenizer,
+                source=place.folder,
+                facts=_facts(recipe, place),
+                resume=resume,
+            )
             run.train()
             with console.phase("export to Hugging Face folder"):
                 exported = run.export()
-            run.finish(exported, facts=_facts(recipe, place))
+            run.finish(exported)
             parts.engine.close()
     console.say(f"run directory  {run_dir}")
     logdir = run_dir.parent if run_dir.parent.name == "runs" else run_dir  # a home shows all runs side by side

@@ -1,16 +1,20 @@
 """``klrl audit``: the exact expected gradient of every KL configuration, as two tables or JSON."""
 
+from pathlib import Path
+
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_klrl.cli.options import JsonOption
-from megatron_klrl.errors import WorkError
+from megatron_klrl.cli.audit_plot import plot_audit
+from megatron_klrl.cli.options import JsonOption, PlotOption
+from megatron_klrl.errors import UserError, WorkError
 from megatron_klrl.kl.audit import TOLERANCE, AuditReport, AuditRow, Measurement, run_audit
 from megatron_klrl.kl.config import Objective
 from megatron_klrl.kl.expectation import Verdict
 
 _PIPED_WIDTH = 100
+_PICTURES = (".png", ".pdf", ".svg")
 _VERDICT_WORDS = {
     Verdict.UNBIASED: "[green]yes[/]",
     Verdict.UNBIASED_ON_POLICY: "[yellow]on-policy[/]",
@@ -26,21 +30,37 @@ _EFFECTS_LEGEND = """scale: how much of the intended gradient arrives (1 is righ
 right). beta: what the stated 0.3 amounts to. share: visited tokens that a clamp or clip touches."""
 
 
-def audit(json: JsonOption = False) -> None:
+def audit(
+    json: JsonOption = False,
+    plot: PlotOption = None,
+) -> None:
     """Exact expected gradient of every KL configuration, against the sequence- and the token-level objective.
 
-    Example: klrl audit --json
+    Example: klrl audit --json --plot audit.png
 
     Raises:
+        UserError: the picture's folder or format does not exist.
         WorkError: a claim of the catalogue does not hold.
     """
+    if plot is not None:
+        _check_picture(plot)
     report = run_audit()
+    if plot is not None:
+        plot_audit(report, plot)
     if json:
         typer.echo(report.to_json())
     else:
         _print_tables(report)
     if report.failures():
         raise WorkError(f"the catalogue's claims do not hold for: {', '.join(report.failures())}")
+
+
+def _check_picture(file: Path) -> None:
+    """Before the work, not after it."""
+    if file.suffix not in _PICTURES:
+        raise UserError(f"{file} is no picture file", field="--plot", fix=f"end its name in {', '.join(_PICTURES)}")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {file.parent}", field="--plot", fix="make it, or name another")
 
 
 def _print_tables(report: AuditReport) -> None:

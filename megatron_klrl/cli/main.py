@@ -9,7 +9,7 @@ from megatron_klrl.cli import config
 from megatron_klrl.cli.doctor import doctor
 from megatron_klrl.cli.eval import evaluate
 from megatron_klrl.cli.export import export
-from megatron_klrl.cli.options import JsonOption, TracebackOption
+from megatron_klrl.cli.options import JsonOption, PlotOption, TracebackOption
 from megatron_klrl.cli.reporting import errors_reported
 from megatron_klrl.cli.train import train
 
@@ -29,15 +29,15 @@ app.add_typer(config.app, name="config")
 
 
 @app.command()
-def audit(as_json: JsonOption = False, traceback: TracebackOption = False) -> None:
+def audit(as_json: JsonOption = False, plot: PlotOption = None, traceback: TracebackOption = False) -> None:
     """Exact expected gradient of every KL configuration, against the objectives.
 
-    Example: klrl audit --json
+    Example: klrl audit --plot audit.png
     """
     with errors_reported(traceback=traceback):
         from megatron_klrl.cli.audit import audit as run_audit
 
-        run_audit(json=as_json)
+        run_audit(json=as_json, plot=plot)
 
 
 def _print_version(wanted: bool) -> None:

@@ -12,3 +12,6 @@ OverridesArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 TracebackOption = Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", help="Also draw a picture (.png, .pdf, .svg).", show_default=False)
+]

@@ -177,8 +177,9 @@ def check_kl(plan: Plan) -> None:
     refused = None if kl.allow_biased else refusal(kl, on_policy=True)
     if refused is not None:
         near = refused.nearest
-        settings = ("objective", "estimator", "placement", "credit", "correction")
-        changes = [f"kl.{name}={getattr(near, name)}" for name in settings if getattr(near, name) != getattr(kl, name)]
+        settings = ("objective", "estimator", "placement", "credit", "correction", "log_ratio_clamp")
+        changed = {name: getattr(near, name) for name in settings if getattr(near, name) != getattr(kl, name)}
+        changes = [f"kl.{name}={'null' if value is None else value}" for name, value in changed.items()]
         fix = f"set {' '.join(changes)}, or kl.allow_biased=true to run it all the same"
         raise UserError(refused.reason.removeprefix("kl "), field="kl", fix=fix)
 

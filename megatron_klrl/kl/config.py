@@ -9,6 +9,10 @@ from megatron_klrl.kl.axes import Axes, Correction, Credit, Estimator, Objective
 __all__ = ["Correction", "Credit", "Estimator", "KLConfig", "Objective", "Placement"]
 
 
+CLAMPABLE = (Estimator.K2, Estimator.K3)
+"""Estimators that bend away from their tangent, so that a bound on the log-ratio changes them."""
+
+
 class KLConfig(BaseModel):
     """What keeps the policy near the reference: ``max E[R] - beta * KL(policy || reference)``.
 
@@ -43,6 +47,10 @@ class KLConfig(BaseModel):
     """Importance ratio policy/rollout policy, for stale or mismatched rollouts: of the token, of the prefix up to it,
     or of the whole sequence."""
 
+    log_ratio_clamp: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Bound on the log-ratio of k2 and k3, in nats: beyond it they go on along their tangent, so that a far token
+    keeps a gradient; ``kl/clamp_fraction`` is logged. None clamps nothing."""
+
     allow_biased: bool = False
     """Run although the configuration does not follow the stated objective under the run's sampling."""
 
@@ -65,8 +73,18 @@ class KLConfig(BaseModel):
             placement=axes.placement,
             credit=axes.credit,
             correction=axes.correction,
+            log_ratio_clamp=self.log_ratio_clamp if axes.estimator in CLAMPABLE else None,
             allow_biased=self.allow_biased,
         )
+
+    @model_validator(mode="after")
+    def _clamp_has_an_effect(self) -> Self:
+        if self.log_ratio_clamp is not None and self.estimator not in CLAMPABLE:
+            raise ValueError(
+                f"kl.log_ratio_clamp has no effect on estimator {self.estimator}, which is straight beyond any bound "
+                "or has no sampled log-ratio; leave it out, or use k2 or k3"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_meaning(self) -> Self:

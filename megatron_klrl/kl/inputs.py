@@ -5,8 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_klrl.kl.config import Correction, Estimator, KLConfig
-from megatron_klrl.kl.estimators import SAMPLED_ESTIMATORS, require_finite, require_representable, working_dtype
+from megatron_klrl.kl.config import CLAMPABLE, Correction, Estimator, KLConfig
+from megatron_klrl.kl.estimators import (
+    SAMPLED_ESTIMATORS,
+    linear_tail,
+    require_finite,
+    require_representable,
+    working_dtype,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +25,7 @@ class TokenInputs:
         policy_log_ratio: log pi/mu with the gradient of pi; zero where masked.
         full_kl: per-position full-vocabulary KL, zero where masked; None unless the estimator is ``exact``.
         mask: bool.
+        log_ratio_clamp: bound on the log-ratio of k2 and k3, nats; None for none.
     """
 
     logprobs: Tensor
@@ -26,12 +33,17 @@ class TokenInputs:
     policy_log_ratio: Tensor
     full_kl: Tensor | None
     mask: Tensor
+    log_ratio_clamp: float | None
 
     def estimates(self, estimator: Estimator) -> Tensor:
         """``[B, T]`` nats per token, differentiable, zero where masked."""
         if estimator is Estimator.EXACT:
             assert self.full_kl is not None  # read_inputs refuses exact without it
             return self.full_kl
+        if self.log_ratio_clamp is not None and estimator in CLAMPABLE:
+            return linear_tail(
+                self.logprobs, self.ref_logprobs, self.mask, estimator=estimator, bound=self.log_ratio_clamp
+            ).values
         return SAMPLED_ESTIMATORS[estimator](self.logprobs, self.ref_logprobs)
 
     def token_ratios(self) -> Tensor:
@@ -84,6 +96,7 @@ def read_inputs(
         policy_log_ratio=masked["logprobs"] - behaviour,
         full_kl=masked.get("full_kl"),
         mask=mask,
+        log_ratio_clamp=config.log_ratio_clamp,
     )
 
 

@@ -30,12 +30,15 @@ def refusal(config: KLConfig, *, on_policy: bool) -> Refusal | None:
         on_policy: every update uses fresh samples of exactly the policy being trained. False for stale rollouts,
             several updates per batch, or an engine whose probabilities differ from the trainer's.
     """
-    if config.beta == 0.0 or expected_gradient(config.axes, on_policy=on_policy).follows(config.objective):
+    if config.beta == 0.0:
         return None
+    if expected_gradient(config.axes, on_policy=on_policy).follows(config.objective):
+        return _refused_clamp(config)
     candidates = [
         axes for axes in meaningful_axes() if expected_gradient(axes, on_policy=on_policy).follows(config.objective)
     ]
-    nearest = config.with_axes(
+    unclamped = config.model_copy(update={"log_ratio_clamp": None})
+    nearest = unclamped.with_axes(
         nearest_axes(
             config.axes,
             candidates,
@@ -44,6 +47,16 @@ def refusal(config: KLConfig, *, on_policy: bool) -> Refusal | None:
         )
     )
     return Refusal(reason=_reason(config, nearest, on_policy=on_policy), nearest=nearest)
+
+
+def _refused_clamp(config: KLConfig) -> Refusal | None:
+    if config.log_ratio_clamp is None:
+        return None
+    reason = (
+        f"kl {config.name} follows the {config.objective}-level KL, but not where kl.log_ratio_clamp bends it, beyond "
+        f"{config.log_ratio_clamp:g} nats"
+    )
+    return Refusal(reason=reason, nearest=config.model_copy(update={"log_ratio_clamp": None}))
 
 
 def _correction_costs(*, on_policy: bool) -> dict[Correction, int]:

@@ -19,16 +19,15 @@ from megatron_klrl.tracking.tensorboard import TensorBoardWriter
 class RunRecord:
     """metrics.jsonl, tensorboard/, rollouts/, card.md and the terminal."""
 
-    def __init__(self, run_dir: Path, *, steps: int, first_step: int, console: RunConsole) -> None:
+    def __init__(self, run_dir: Path, *, first_step: int, console: RunConsole) -> None:
         """Open the files of a run.
 
         Args:
             run_dir: of the run.
-            steps: of the whole run.
             first_step: finished steps; what an earlier start wrote after them is replaced.
             console: of rank 0.
         """
-        self.run_dir, self._steps, self.console = run_dir, steps, console
+        self.run_dir, self.console = run_dir, console
         self._file = MetricsFile(run_dir / "metrics.jsonl", keep_before=first_step + 1)
         purge = first_step + 1 if first_step else None
         self._board = TensorBoardWriter(run_dir / "tensorboard", purge_step=purge)
@@ -50,11 +49,11 @@ class RunRecord:
         """A few samples of one step."""
         write_samples(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", samples)
 
-    def card(self, card: Card) -> None:
-        """The run card, on disk and in TensorBoard."""
+    def card(self, card: Card, *, step: int) -> None:
+        """The run card, on disk and in TensorBoard; written at the start and again with the results."""
         text = card.render()
         (self.run_dir / "card.md").write_text(text)
-        self._board.text("card", text, step=self._steps)
+        self._board.text("card", text, step=step)
 
     def audit(self, config: KLConfig) -> None:
         """The expected gradient of this run's KL configuration, by enumeration with the code that trained."""

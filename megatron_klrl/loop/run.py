@@ -38,6 +38,7 @@ class Run:
         console: RunConsole,
         tokenizer: PreTrainedTokenizerBase,
         source: Path,
+        facts: Mapping[str, str],
         resume: bool,
     ) -> None:
         """Take the parts; on resume, load the newest checkpoint and push its weights into the engine.
@@ -48,14 +49,16 @@ class Run:
             console: of this rank.
             tokenizer: decodes samples.
             source: Hugging Face folder whose configuration and tokenizer the export copies.
+            facts: what runs, for the card: a biased KL configuration is marked there from the start.
             resume: go on from the newest complete checkpoint.
         """
         self.parts, self.run_dir, self._console = parts, run_dir, console
-        self._tokenizer, self._source = tokenizer, source
+        self._tokenizer, self._source, self._facts = tokenizer, source, facts
         self.state = self._restore() if resume else RunState(step=0, weight_version=0)
         self.record = None
         if parts.world.is_main:
-            self.record = RunRecord(run_dir, steps=parts.recipe.loop.steps, first_step=self.state.step, console=console)
+            self.record = RunRecord(run_dir, first_step=self.state.step, console=console)
+            self.record.card(Card(facts={**facts, "steps": "running"}), step=self.state.step)
 
     def _restore(self) -> RunState:
         folder = checkpoints.newest(self.run_dir / "checkpoints")
@@ -141,12 +144,11 @@ class Run:
         write_hf_folder(self.parts.trainer.export_weights(), source=self._source, to=to, writes=self.record is not None)
         return to
 
-    def finish(self, exported: Path, *, facts: Mapping[str, str]) -> None:
+    def finish(self, exported: Path) -> None:
         """Optimum report and run card; collective.
 
         Args:
             exported: the Hugging Face folder of the result.
-            facts: what ran, for the card.
         """
         report = None
         if self.state.reference_rates:
@@ -159,7 +161,7 @@ class Run:
             self.record.optimum(report)
             results["reached"] = point_text(report.reached)
             results["optimum, closed form"] = point_text(report.optimal)
-        self.record.card(Card(facts={**facts, **results}))
+        self.record.card(Card(facts={**self._facts, **results}), step=self.state.step)
         self.record.close()
 
 

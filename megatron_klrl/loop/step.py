@@ -34,7 +34,10 @@ def train_on(batch: RolloutBatch, parts: Parts, *, split_gradient: bool) -> tupl
     with parts.timers.span("score"):
         scores = parts.trainer.score(batch)
     recipe = parts.recipe
-    metrics = step_metrics.of_scores(batch, scores) | {"kl/beta": recipe.kl.beta, "policy/clip_fraction": 0.0}
+    metrics = step_metrics.of_scores(batch, scores, log_ratio_clamp=recipe.kl.log_ratio_clamp) | {
+        "kl/beta": recipe.kl.beta,
+        "policy/clip_fraction": 0.0,
+    }
     with parts.timers.span("train"):
         metrics |= _gradient(parts, assemble(batch, scores, recipe), split=split_gradient)
         update = parts.trainer.optim_step()

@@ -29,6 +29,7 @@ METRICS = (
     ),
     Metric("kl/p95", "nats per token", "95th percentile over response tokens of the full-vocabulary KL"),
     Metric("kl/max", "nats per token", "maximum over response tokens of the full-vocabulary KL"),
+    Metric("kl/clamp_fraction", "fraction", "response tokens beyond kl.log_ratio_clamp; only where one is set"),
     Metric("kl/beta", "reward per nat", "weight of the KL in the objective"),
     Metric("objective/mean", "reward", "reward/mean - kl/beta * kl/exact: the objective that is maximised"),
     Metric("policy/entropy", "nats per token", "mean entropy of the policy over response tokens"),

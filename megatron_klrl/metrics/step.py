@@ -19,8 +19,14 @@ def of_rollouts(batch: RolloutBatch, *, weight_version: int) -> dict[str, float]
     }
 
 
-def of_scores(batch: RolloutBatch, scores: TokenScores) -> dict[str, float]:
-    """Entropy, trainer-engine mismatch, and the distance from the reference where there is one."""
+def of_scores(batch: RolloutBatch, scores: TokenScores, *, log_ratio_clamp: float | None = None) -> dict[str, float]:
+    """Entropy, trainer-engine mismatch, and the distance from the reference where there is one.
+
+    Args:
+        batch: what was sampled.
+        scores: what the trainer says of it.
+        log_ratio_clamp: bound of the KL configuration, nats; its fraction is reported where one is set.
+    """
     mask = batch.response_mask
     gap = (scores.old_logprobs - batch.rollout_logprobs)[mask]
     found = {
@@ -31,6 +37,9 @@ def of_scores(batch: RolloutBatch, scores: TokenScores) -> dict[str, float]:
     }
     if scores.ref_logprobs is not None and scores.full_kl is not None:
         found |= _distance(scores.old_logprobs, scores.ref_logprobs, scores.full_kl, mask)
+        if log_ratio_clamp is not None:
+            beyond = (scores.old_logprobs - scores.ref_logprobs)[mask].abs() > log_ratio_clamp
+            found["kl/clamp_fraction"] = float(beyond.float().mean())
     return found
 
 

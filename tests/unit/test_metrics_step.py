@@ -56,6 +56,17 @@ def test_score_metrics_by_hand() -> None:
         assert math.isclose(found[name], value, rel_tol=1e-5), name
 
 
+def test_the_fraction_beyond_the_clamp_is_reported_where_one_is_set() -> None:
+    scores = TokenScores(
+        old_logprobs=torch.tensor([[-1.0, -1.5], [-0.5, 0.0]]),
+        entropy=torch.zeros(2, 2),
+        ref_logprobs=torch.tensor([[-2.0, -1.0], [-0.5, 9.0]]),
+        full_kl=torch.zeros(2, 2),
+    )
+    assert of_scores(batch(), scores, log_ratio_clamp=0.7)["kl/clamp_fraction"] == torch.tensor(1 / 3).item()
+    assert "kl/clamp_fraction" not in of_scores(batch(), scores)
+
+
 def test_without_a_reference_there_is_no_distance() -> None:
     scores = TokenScores(old_logprobs=torch.zeros(2, 2), entropy=torch.zeros(2, 2))
     assert not any(name.startswith("kl/") for name in of_scores(batch(), scores))

@@ -6,7 +6,7 @@ import typer
 from typer.testing import CliRunner
 
 from megatron_klrl.cli.audit import audit
-from megatron_klrl.errors import WorkError
+from megatron_klrl.errors import UserError, WorkError
 from megatron_klrl.kl import run_audit
 
 _APP = typer.Typer()
@@ -39,3 +39,19 @@ def test_a_claim_that_does_not_hold_fails_the_command(monkeypatch):
 
     with pytest.raises(WorkError, match=r"do not hold for: reward/k1/sequence/none$"):
         audit(json=True)
+
+
+def test_a_picture_is_drawn_beside_the_numbers(tmp_path):
+    result = CliRunner().invoke(_APP, ["--json", "--plot", str(tmp_path / "audit.png")])
+
+    assert result.exit_code == 0
+    assert json.loads(result.output)["holds"] is True
+    assert (tmp_path / "audit.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "problem"), [("audit.jpx", "no picture file"), ("missing/audit.png", "no folder")])
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, name, problem):
+    monkeypatch.setattr("megatron_klrl.cli.audit.run_audit", lambda: pytest.fail("the work was done"))
+
+    with pytest.raises(UserError, match=f"--plot.*{problem}"):
+        audit(plot=tmp_path / name)
