@@ -47,7 +47,7 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
             parts.engine.close()
     console.say(f"run directory  {run_dir}")
     logdir = run_dir.parent if run_dir.parent.name == "runs" else run_dir  # a home shows all runs side by side
-    console.say(f"watch it with  tensorboard --logdir {logdir}")
+    console.say(f"watch it with  {_beside_python('tensorboard')} --logdir {logdir}")
 
 
 def eval_rank(recipe: Recipe, checkpoint: Path | None, hf: Path | None, *, as_json: bool) -> None:
@@ -125,6 +125,14 @@ def _print_evaluation(found: dict[str, float], recipe: Recipe, *, as_json: bool)
         low_high = row["interval_95"]
         text = f"   95 % interval {low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else ""
         sys.stdout.write(f"{name:>12}  accuracy {row['accuracy']:.3f}{text}   ({row['prompts']} x {row['samples']})\n")
+
+
+def _beside_python(program: str) -> str:
+    """A program of this environment as the user would type it here: the environment need not be on PATH."""
+    path = Path(sys.prefix, "bin", program)
+    if not path.is_file():
+        return program
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _rank() -> int:

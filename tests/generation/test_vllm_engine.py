@@ -1,6 +1,7 @@
 """vLLM as the generation engine: what it samples and reports, what a weight push does, what it does to its host."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,18 @@ def test_thread_count_can_still_be_set(host: Host) -> None:
     torch.set_num_threads(threads + 1)
     assert torch.get_num_threads() == threads + 1
     torch.set_num_threads(threads)
+
+
+def test_shared_memory_is_named_by_job(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the external launcher vLLM's own name is the same in every job of a machine."""
+    del host
+    monkeypatch.setenv("VLLM_DIST_IDENT", "constant")
+    from vllm.distributed.device_communicators import cpu_communicator  # noqa: PLC0415  only after the host is prepared
+
+    group = SimpleNamespace(unique_name="tp:0", ranks=[0, 1])
+    name = cpu_communicator._CPUSHMDistributed.make_group_name(group)
+    assert name.startswith("klrl")
+    assert name.endswith("constant-tp:0-[0-1]-cpushm")
 
 
 def test_a_model_length_that_does_not_fit_is_the_users_error(host: Host, folder: Path) -> None:
