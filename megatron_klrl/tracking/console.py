@@ -5,7 +5,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _COLUMNS = (
     ("step", 5, "d", "step"),
@@ -36,26 +45,34 @@ class RunConsole:
         self._row_every = 1 if steps <= _MANY_STEPS else 5
         self._steps = steps
         self._last_evaluation: Mapping[str, float] = {}
-        self._progress = Progress(
+        self._progress = self._bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
+            transient=False,
         )
         self._task = self._progress.add_task("training", total=steps, visible=False)
+
+    def _bar(self, *columns: ProgressColumn, transient: bool) -> Progress:
+        return Progress(
+            *columns,
+            console=self.console,
+            transient=transient,
+            disable=not self.console.is_terminal,
+            # rich would print what libraries write to standard error above the bar; it belongs into the log
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A named piece of the start or the end: a spinner while it lasts, its time when it is over."""
         start = time.perf_counter()
-        if self.console.is_terminal:
-            with self.console.status(f"{name} ..."):
-                yield
-        else:
+        with self._bar(SpinnerColumn(), TextColumn("{task.description} ..."), transient=True) as spinner:
+            spinner.add_task(name)
             yield
         self.say(f"  {name}: {time.perf_counter() - start:.1f} s")
 

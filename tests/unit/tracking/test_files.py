@@ -2,8 +2,10 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -87,3 +89,19 @@ def test_rows_without_a_terminal_are_plain_lines() -> None:
     assert "0.500" in text
     assert "id 0.750 (+0.25)" in text
     assert text.count("-") >= 1, "a metric that is not measured shows as a dash"
+
+
+def test_on_a_terminal_what_libraries_write_to_stderr_stays_out_of_the_table(capfd: pytest.CaptureFixture[str]) -> None:
+    """rich's default moves it onto the screen, above the bar, past the log it was sent to."""
+    console = Console(width=120, force_terminal=True)
+    run = RunConsole(steps=2, console=console)
+    with run.phase("start"):
+        sys.stderr.write("chatter\n")
+    with run.training(first_step=0):
+        sys.stderr.write("chatter\n")
+        run.step(1, {"reward/mean": 0.5})
+    out, err = capfd.readouterr()
+    assert err.count("chatter") == 2
+    assert "chatter" not in out
+    assert "start: " in out
+    assert "0.500" in out
