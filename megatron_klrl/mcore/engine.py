@@ -235,11 +235,6 @@ class MegatronEngine:
         """Stream the reduced gradient of the last ``forward_backward(keep_whole_gradient=True)``, float32."""
         return conversion.export_hf(unwrap(self.model), shape=self.shape, groups=self.groups, value=_main_grad)
 
-    def load_weights(self, folder: Path) -> None:
-        """Replace the policy's weights by those of a Hugging Face folder; the optimizer's main copies follow."""
-        conversion.load_hf(unwrap(self.model), folder, shape=self.shape, groups=self.groups)
-        self.optimizer.reload_model_params()
-
     def save(self, folder: Path) -> None:
         """Write model and optimizer to an existing, empty folder."""
         checkpoint.save(folder, self.model, self.optimizer, groups=self.groups)

@@ -91,3 +91,18 @@ def known(name: str) -> bool:
     if name.startswith("eval/"):
         return name.rsplit("/", 1)[-1] in {"accuracy", "stderr"}
     return any(metric.name == name for metric in METRICS)
+
+
+_PAGE = """# Metrics
+
+Made from `megatron_klrl/metrics/names.py`. The same names stand in `metrics.jsonl` (one object a step) and in TensorBoard.
+
+| name | unit | meaning |
+|---|---|---|
+"""
+
+
+def render_metrics() -> str:
+    """The reference page of metrics, docs/reference/metrics.md."""
+    escaped = ((metric.name, metric.unit, metric.meaning.replace("|", "\\|")) for metric in METRICS)
+    return _PAGE + "".join(f"| `{name}` | {unit} | {meaning} |\n" for name, unit, meaning in escaped)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_klrl.metrics.names import METRICS, PANELS, known
+from megatron_klrl.metrics.names import METRICS, PANELS, known, render_metrics
 from megatron_klrl.tracking.card import Card
 from megatron_klrl.tracking.console import RunConsole
 from megatron_klrl.tracking.jsonl import MetricsFile
@@ -105,3 +105,9 @@ def test_on_a_terminal_what_libraries_write_to_stderr_stays_out_of_the_table(cap
     assert "chatter" not in out
     assert "start: " in out
     assert "0.500" in out
+
+
+def test_the_metrics_page_is_the_one_the_code_makes() -> None:
+    """Make it again: write what ``megatron_klrl.metrics.names.render_metrics()`` returns."""
+    page = Path(__file__).parents[3] / "docs" / "reference" / "metrics.md"
+    assert page.read_text() == render_metrics()
