@@ -95,7 +95,8 @@ def known(name: str) -> bool:
 
 _PAGE = """# Metrics
 
-Made from `megatron_klrl/metrics/names.py`. The same names stand in `metrics.jsonl` (one object a step) and in TensorBoard.
+Made from `megatron_klrl/metrics/names.py`. The same names stand in `metrics.jsonl` (one object a step) and in
+TensorBoard.
 
 | name | unit | meaning |
 |---|---|---|
