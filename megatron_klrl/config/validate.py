@@ -7,7 +7,6 @@ from megatron_klrl.config.model_folder import ModelShape, describe_model
 from megatron_klrl.config.prompt_lengths import count_rows, longest_prompt, longest_worked_answer
 from megatron_klrl.config.recipe import ArithmeticSource, Fp8, JsonlSource, Recipe
 from megatron_klrl.errors import UserError
-from megatron_klrl.kl.config import Estimator, Placement
 from megatron_klrl.kl.refusal import refusal
 
 
@@ -184,15 +183,6 @@ def check_kl(plan: Plan) -> None:
         raise UserError(refused.reason.removeprefix("kl "), field="kl", fix=fix)
 
 
-def check_exact_in_loss(plan: Plan) -> None:
-    """The full-vocabulary KL is a score so far: the training forward holds no reference logits to differentiate."""
-    kl = plan.recipe.kl
-    if kl.beta > 0 and kl.estimator is Estimator.EXACT and kl.placement is not Placement.REWARD:
-        problem = f"exact in {kl.placement} can be audited but not trained with in this version"
-        fix = "set kl.estimator=k1 kl.placement=reward kl.credit=to_go for the sequence objective"
-        raise UserError(problem, field="kl.estimator", fix=fix)
-
-
 def warn_biased(plan: Plan) -> Iterator[str]:
     """A bias that was allowed is still said."""
     kl = plan.recipe.kl
@@ -232,6 +222,5 @@ RULES: tuple[Callable[[Plan], None], ...] = (
     check_lengths,
     check_greedy_samples,
     check_kl,
-    check_exact_in_loss,
 )
 WARNINGS: tuple[Callable[[Plan], Iterator[str]], ...] = (warn_biased, warn_cut_answers)

@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_klrl.batch import RolloutBatch, TokenScores, TrainBatch
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.errors import WorkError
-from megatron_klrl.kl.config import KLConfig, Placement
+from megatron_klrl.kl.config import Estimator, KLConfig, Placement
 from megatron_klrl.kl.surrogate import loss_terms, reward_advantages
 from megatron_klrl.loop.parts import Parts
 from megatron_klrl.losses.policy_loss import PolicyLoss
@@ -76,7 +76,9 @@ def policy_loss(recipe: Recipe, num_sequences: int) -> PolicyLoss:
     kl = recipe.kl
     has_loss_side = kl.beta > 0 and kl.placement is not Placement.REWARD
     return PolicyLoss(
-        num_sequences=num_sequences, loss_side_kl=partial(_loss_side, config=kl) if has_loss_side else None
+        num_sequences=num_sequences,
+        loss_side_kl=partial(_loss_side, config=kl) if has_loss_side else None,
+        needs_full_kl=has_loss_side and kl.estimator is Estimator.EXACT,
     )
 
 
@@ -95,9 +97,14 @@ def _kl_advantages(batch: RolloutBatch, scores: TokenScores, recipe: Recipe) -> 
     )
 
 
-def _loss_side(logprobs: Tensor, rows: TrainBatch, *, config: KLConfig) -> Tensor:
+def _loss_side(logprobs: Tensor, rows: TrainBatch, full_kl: Tensor | None, *, config: KLConfig) -> Tensor:
     return loss_terms(
-        logprobs, _present(rows.ref_logprobs), rows.response_mask, config=config, rollout_logprobs=rows.rollout_logprobs
+        logprobs,
+        _present(rows.ref_logprobs),
+        rows.response_mask,
+        config=config,
+        rollout_logprobs=rows.rollout_logprobs,
+        full_kl=full_kl,
     )
 
 

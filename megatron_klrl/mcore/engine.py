@@ -22,8 +22,8 @@ from megatron_klrl.vocab_parallel.divergence import entropy, full_kl
 from megatron_klrl.vocab_parallel.logprobs import token_logprobs
 from megatron_klrl.vocab_parallel.shard import VocabShard
 
-_SCORE_WINDOW = 4
-"""Microbatches per pipeline stage whose reference logits are alive at once while scoring."""
+_SCORE_WINDOW = 16
+"""Microbatches per pipeline stage whose reference hidden states are alive at once while scoring."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,25 +130,41 @@ class MegatronEngine:
         return TokenScores(**{name: stacked[:, kind] for kind, name in enumerate(names[:kinds])})
 
     def _score_window(self, window: list[RolloutBatch]) -> Tensor | None:
-        ref_logits = iter(self._forward(self.reference, window) if self.reference is not None else ())
+        ref_hidden = iter(self._reference_hidden(window))
 
         def on_logits(rows: RolloutBatch, logits: Tensor) -> Tensor:
             found = [self._logprobs(rows, logits), entropy(logits, shard=self.shard, temperature=self._temperature)]
             if self.reference is not None:
-                theirs = next(ref_logits)
-                found += [
-                    self._logprobs(rows, theirs),
-                    full_kl(logits, theirs, shard=self.shard, temperature=self._temperature),
-                ]
+                theirs = self._reference_logits(next(ref_hidden))
+                found += [self._logprobs(rows, theirs), self._full_kl(logits, theirs)]
             return torch.stack([f.where(rows.response_mask, 0.0) for f in found])
 
-        parts = passes.run(self.model, window, tokens=lambda m: m.tokens, on_logits=on_logits, mode=passes.Mode.FORWARD)
+        parts = passes.run(self.model, window, on_output=on_logits, mode=passes.Mode.FORWARD)
         return torch.cat(parts, 1) if parts else None
 
-    def _forward(self, model: Any, window: list[RolloutBatch]) -> list[Tensor]:
+    def _reference_hidden(self, rows: list[RolloutBatch] | list[TrainBatch]) -> list[Tensor]:
+        """What the reference's output layer takes, per microbatch; on the last stage. Small beside its logits."""
+        if self.reference is None:
+            return []
         return passes.run(
-            model, window, tokens=lambda m: m.tokens, on_logits=lambda _, logits: logits, mode=passes.Mode.FORWARD
+            self.reference,
+            rows,
+            on_output=lambda _, hidden: hidden,
+            mode=passes.Mode.FORWARD,
+            output=passes.Output.HIDDEN,
         )
+
+    @torch.no_grad()
+    def _reference_logits(self, hidden: Tensor) -> Tensor:
+        """``[B, S, columns]`` of one microbatch, from what ``_reference_hidden`` kept of it."""
+        model = unwrap(self.reference)
+        weight = model.shared_embedding_or_output_weight() if self.shape.tied else None
+        # Megatron's bf16 wrapper hands outputs over in float32; going back loses nothing
+        logits, _ = model.output_layer(hidden.to(self._settings.dtype), weight=weight)
+        return logits.transpose(0, 1)
+
+    def _full_kl(self, logits: Tensor, ref_logits: Tensor) -> Tensor:
+        return full_kl(logits, ref_logits, shard=self.shard, temperature=self._temperature)
 
     def _logprobs(self, rows: Any, logits: Tensor) -> Tensor:
         return token_logprobs(logits, rows.tokens[:, 1:], shard=self.shard, temperature=self._temperature)
@@ -175,17 +191,18 @@ class MegatronEngine:
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        rows, _ = self._local_rows(batch)
+        microbatches = self._split(self._local_rows(batch)[0])
+        ref_hidden = iter(self._reference_hidden(microbatches) if loss.needs_full_kl else ())
 
-        def on_logits(microbatch: TrainBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            value = loss(self._logprobs(microbatch, logits), microbatch)
+        def on_logits(rows: TrainBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            kl = self._full_kl(logits, self._reference_logits(next(ref_hidden))) if loss.needs_full_kl else None
+            value = loss(self._logprobs(rows, logits), rows, full_kl=kl)
             return loss_scaling.complete(value, {"loss": value.detach()})
 
         reports = passes.run(
             self.model,
-            self._split(rows),
-            tokens=lambda m: m.tokens,
-            on_logits=on_logits,
+            microbatches,
+            on_output=on_logits,
             mode=passes.Mode.TRAIN_WHOLE_GRADIENT if keep_whole_gradient else passes.Mode.TRAIN,
         )
         local = torch.stack([r["loss"] for r in reports]).sum().view(1) if reports else None

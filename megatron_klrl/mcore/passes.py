@@ -20,8 +20,15 @@ class Mode(StrEnum):
     TRAIN_WHOLE_GRADIENT = "train_whole_gradient"  # backward; each ends with all of it
 
 
-OnLogits = Callable[[Any, Tensor], Any]
-"""``(rows, logits) -> result`` on the last pipeline stage; logits are ``[B, S, columns]``, this rank's columns."""
+class Output(StrEnum):
+    """What the last pipeline stage hands over."""
+
+    LOGITS = "logits"  # [B, S, columns]: this rank's columns of the vocabulary
+    HIDDEN = "hidden"  # [S, B, hidden]: what the output layer takes; small beside logits, so it can be kept
+
+
+OnOutput = Callable[[Any, Tensor], Any]
+"""``(rows, output) -> result`` on the last pipeline stage."""
 
 
 def inputs(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,30 +38,31 @@ def inputs(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def run(
-    model: Any, microbatches: Sequence[Any], *, tokens: Callable[[Any], Tensor], on_logits: OnLogits, mode: Mode
+    model: Any, microbatches: Sequence[Any], *, on_output: OnOutput, mode: Mode, output: Output = Output.LOGITS
 ) -> list[Any]:
     """Run every microbatch forward, and backward when training, over the pipeline.
 
     Args:
         model: a GPTModel or its DDP wrapper.
         microbatches: of equal shape (the pipeline exchanges tensors of one size).
-        tokens: picks the ``[B, S + 1]`` tokens of a microbatch.
-        on_logits: called on the last stage. When training it returns Megatron's three values (see loss_scaling).
+        on_output: called on the last stage. When training it returns Megatron's three values (see loss_scaling).
         mode: whether to run backward, and what to leave of the gradient.
+        output: what the last stage hands over.
 
     Returns:
-        The results of ``on_logits`` on the last stage, an empty list on the others.
+        The results of ``on_output`` on the last stage, an empty list on the others.
     """
-    rows, width = tokens(microbatches[0]).shape
+    rows, width = microbatches[0].tokens.shape
+    options = {} if output is Output.LOGITS else {"output_processor": _hidden_states}
 
     def forward_step(stream: Any, stage: Any) -> tuple[Tensor, Callable]:
         microbatch = next(stream)
-        ids, positions = inputs(tokens(microbatch))
+        ids, positions = inputs(microbatch.tokens)
 
-        def loss(logits: Tensor, **_: Any) -> Any:
-            return on_logits(microbatch, logits)
+        def loss(found: Tensor, **_: Any) -> Any:
+            return on_output(microbatch, found)
 
-        return stage(ids, positions, None), loss
+        return stage(ids, positions, None, **options), loss
 
     def forward_backward() -> list[Any]:
         return get_forward_backward_func()(
@@ -71,6 +79,11 @@ def run(
 
     with torch.set_grad_enabled(mode is not Mode.FORWARD):
         return forward_backward()
+
+
+def _hidden_states(*, hidden_states: Tensor, **_: Any) -> Tensor:
+    """Megatron's hook in place of the output layer."""
+    return hidden_states
 
 
 def share_from_last_stage(local: Tensor | None, size: Sequence[int], *, groups: ProcessGroups, device: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Entropy and full-vocabulary KL from vocabulary shards, as values (no gradient)."""
+"""Entropy and full-vocabulary KL from vocabulary shards."""
 
 import torch
 from torch import Tensor
@@ -26,16 +26,16 @@ def entropy(logits: Tensor, *, shard: VocabShard, temperature: float = 1.0) -> T
     return total.log() - mean
 
 
-@torch.no_grad()
 def full_kl(logits: Tensor, ref_logits: Tensor, *, shard: VocabShard, temperature: float = 1.0) -> Tensor:
     """KL(policy || reference) over the whole vocabulary at each position, given both at the same prefixes.
 
-    Value: ``sum_v p_v (log p_v - log q_v)``; summed over the tokens of sequences drawn from the policy it is an
+    Value: ``KL_t = sum_v p_v (log p_v - log q_v)``; summed over the tokens of sequences drawn from the policy it is an
     unbiased, Rao-Blackwellised estimate of the sequence KL (Amini, Vieira, Cotterell 2025, arXiv 2504.10637).
-    Gradient: none (detached).
+    Gradient: hand-written, with respect to the local logits ``p_v (log p_v - log q_v - KL_t) / temperature``: exactly
+        the token-level KL's at this position. None with respect to the reference; padding columns get zero.
 
     Args:
-        logits: ``[..., columns]`` the policy's columns on this rank.
+        logits: ``[..., columns]`` the policy's columns on this rank; never gathered, not modified.
         ref_logits: the reference's, same shape.
         shard: where the columns lie.
         temperature: divides both.
@@ -48,8 +48,28 @@ def full_kl(logits: Tensor, ref_logits: Tensor, *, shard: VocabShard, temperatur
     """
     if logits.shape != ref_logits.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} must have one shape")
-    real, ref = shard.real(logits) / temperature, shard.real(ref_logits) / temperature
-    shift, exponentials, total = shard.softmax_terms(real)
-    ref_shift, _, ref_total = shard.softmax_terms(ref)
-    gap = (real - shift.unsqueeze(-1)) - (ref - ref_shift.unsqueeze(-1))
-    return shard.sum((exponentials * gap).sum(-1)) / total - total.log() + ref_total.log()
+    return _FullKL.apply(logits, ref_logits, shard, temperature)
+
+
+class _FullKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, ref_logits, shard, temperature):  # type: ignore[override]
+        real, ref = shard.real(logits) / temperature, shard.real(ref_logits) / temperature
+        shift, probabilities, total = shard.softmax_terms(real)
+        ref_shift, _, ref_total = shard.softmax_terms(ref)
+        offset = shift + total.log() - ref_shift - ref_total.log()
+        log_ratio = real.sub_(ref).sub_(offset.unsqueeze(-1))
+        probabilities.div_(total.unsqueeze(-1))
+        value = shard.sum((probabilities * log_ratio).sum(-1))
+        ctx.save_for_backward(probabilities, log_ratio, value)
+        ctx.temperature, ctx.columns, ctx.dtype = temperature, logits.shape[-1], logits.dtype
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        probabilities, log_ratio, value = ctx.saved_tensors
+        local = probabilities * (log_ratio - value.unsqueeze(-1)) * (grad / ctx.temperature).unsqueeze(-1)
+        padding = ctx.columns - local.shape[-1]
+        if padding:
+            local = torch.nn.functional.pad(local, (0, padding))
+        return local.to(ctx.dtype), None, None, None

@@ -1,6 +1,6 @@
 """Log-probabilities, loss and gradients are the same in every layout, and equal to transformers'."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_klrl.losses.policy_loss import kl_part, policy_part
+from megatron_klrl.batch import RolloutBatch, TrainBatch
+from megatron_klrl.kl import KLConfig, loss_terms
+from megatron_klrl.losses.policy_loss import PolicyLoss, kl_part, policy_part
 from megatron_klrl.mcore.model import unwrap
 from tests.support.models import FAMILIES, token_logprobs, write_model
 from tests.support.ranks import run_ranks
@@ -214,3 +216,50 @@ def test_gradient_in_two_parts_is_the_gradient(folders: dict[str, Path], layout:
         assert result.cosine == pytest.approx(cosine, abs=1e-4)
         for name, gradient in result.at_once.items():
             assert (result.in_parts[name] - gradient).norm() <= GRADIENT_ERROR * gradient.norm(), name
+
+
+def exact_gradient(folder: Path, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradient of the full-vocabulary KL in the loss, with the policy moved off its reference."""
+    with trainer(folder, tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.sequence) as engine:
+        batch = rollout_batch()
+        engine.forward_backward(train_batch(batch), policy_loss(batch))
+        engine.optim_step()
+        weights = {name: tensor.clone() for name, tensor in engine.export_weights()}
+        rows = replace(train_batch(batch), advantages=torch.zeros(batch.response_mask.shape))
+        rows = replace(rows, kl_advantages=torch.zeros(batch.response_mask.shape))
+        engine.forward_backward(rows, exact_loss(batch), keep_whole_gradient=True)
+        scores = engine.score(batch)
+        assert scores.full_kl is not None
+        gradients = {name: tensor.clone() for name, tensor in engine.export_gradients()}
+        return scores.full_kl, gradients | {f"weight/{name}": tensor for name, tensor in weights.items()}
+
+
+def exact_loss(batch: RolloutBatch) -> PolicyLoss:
+    """0.3 nats of full-vocabulary KL, own token."""
+    config = KLConfig(beta=0.3, estimator="exact", placement="loss", credit="token", objective="token")
+
+    def loss_side(logprobs: Tensor, rows: TrainBatch, full_kl: Tensor | None) -> Tensor:
+        return loss_terms(logprobs, logprobs.detach(), rows.response_mask, config=config, full_kl=full_kl)
+
+    return PolicyLoss(num_sequences=batch.tokens.shape[0], loss_side_kl=loss_side, needs_full_kl=True)
+
+
+@pytest.mark.parametrize("layout", ["one_rank", "tp2_sp", "pp2", "dp2", "tp2_pp2"])
+@pytest.mark.parametrize("family", ["qwen3_tied", "qwen2_untied"])
+def test_full_vocabulary_kl_in_the_loss_equals_transformers(folders: dict[str, Path], family: str, layout: str) -> None:
+    """The reference enters by its hidden states and head only; value and gradient are autograd's on whole logits."""
+    batch = rollout_batch()
+    for full_kl, found in run_ranks(LAYOUTS[layout].ranks, exact_gradient, folders[family], LAYOUTS[layout]):
+        model = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32)
+        reference = torch.log_softmax(model(batch.tokens[:, :-1]).logits, -1).detach()
+        moved = {name.removeprefix("weight/"): w for name, w in found.items() if name.startswith("weight/")}
+        model.load_state_dict(moved, strict=False)
+        policy = torch.log_softmax(model(batch.tokens[:, :-1]).logits, -1)
+        expected = (policy.exp() * (policy - reference)).sum(-1).where(batch.response_mask, 0.0)
+        torch.testing.assert_close(full_kl, expected.detach(), rtol=1e-4, atol=1e-5)
+        assert expected.max() > 0.01, "the policy must have moved"
+        (0.3 * expected.sum() / batch.tokens.shape[0]).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            error = (found[name] - parameter.grad).norm() / parameter.grad.norm()
+            assert error < 10 * GRADIENT_ERROR, f"{name}: relative error {error:.1e}"  # two steps of rounding, not one

@@ -130,10 +130,3 @@ def test_without_a_kl_no_reference_takes_memory(tmp_path: Path) -> None:
     assert memory.reference_bytes == 0
     assert memory.engine_cache_bytes is None
     assert memory.optimizer_bytes == 8 * memory.parameters
-
-
-def test_exact_on_the_loss_side_is_refused(tmp_path: Path) -> None:
-    settings = ("kl.estimator=exact", "kl.placement=both", "kl.credit=to_go")
-    with pytest.raises(UserError, match=r"kl.estimator.*Fix: set kl.estimator=k1") as caught:
-        validate(load(tmp_path, *settings), 1)
-    assert caught.value.field == "kl.estimator"

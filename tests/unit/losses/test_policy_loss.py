@@ -51,7 +51,7 @@ def test_the_kl_term_ignores_the_aggregation_of_the_reward() -> None:
 def test_the_loss_side_is_averaged_over_all_sequences_of_the_update() -> None:
     logprobs = torch.tensor([[-9.0, -1.0, -2.0], [-3.0, -4.0, -9.0]])
     with_loss_side = PolicyLoss(
-        num_sequences=4, loss_side_kl=lambda lp, b: torch.ones_like(lp).where(b.response_mask, 0)
+        num_sequences=4, loss_side_kl=lambda lp, b, _: torch.ones_like(lp).where(b.response_mask, 0)
     )
     difference = with_loss_side(logprobs, rows()) - PolicyLoss(num_sequences=4)(logprobs, rows())
     assert abs(float(difference) - 4 / 4) < 1e-6
