@@ -1,4 +1,4 @@
-"""The jobs a rank can be given: train, evaluate, export. Heavy imports happen inside, under a visible phase."""
+"""The jobs a rank can be given: train, evaluate, check, export. Heavy imports happen inside, under a visible phase."""
 
 import json
 import math
@@ -18,6 +18,7 @@ from megatron_klrl.tracking.console import RunConsole
 
 if TYPE_CHECKING:
     from megatron_klrl.build import Site
+    from megatron_klrl.diagnostics.report import Report
     from megatron_klrl.loop.parts import Parts
 
 
@@ -74,6 +75,27 @@ def eval_rank(recipe: Recipe, checkpoint: Path | None, hf: Path | None, *, as_js
             parts.engine.close()
     if _rank() == 0:
         _print_evaluation(found, recipe, as_json=as_json)
+
+
+def check_gradient_rank(recipe: Recipe, *, batches: int, as_json: bool) -> "Report":
+    """Probe the KL term's gradient on the recipe's model; the same report on every rank.
+
+    Args:
+        recipe: with ``kl.beta`` above 0.
+        batches: of the recipe's size, for each of gradient and descent.
+        as_json: keep standard output free of everything else.
+    """
+    console = RunConsole(steps=0, quiet=_rank() != 0 or as_json)
+    with _stderr_into(Path(os.devnull)):
+        with console.phase("import torch and Megatron-Core"):
+            from megatron_klrl import build  # noqa: PLC0415
+            from megatron_klrl.diagnostics.gradient_probe import GradientProbe  # noqa: PLC0415
+        with build.site(recipe) as place:
+            parts = _parts(recipe, place, console)
+            with console.phase("probe of the KL term's gradient"):
+                report = GradientProbe(parts, batches=batches).run()
+            parts.engine.close()
+    return report
 
 
 def export_checkpoint(checkpoint: Path, to: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from megatron_klrl import __version__
-from megatron_klrl.cli import config
+from megatron_klrl.cli import check, config
 from megatron_klrl.cli.doctor import doctor
 from megatron_klrl.cli.eval import evaluate
 from megatron_klrl.cli.export import export
@@ -25,6 +25,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(doctor)
+app.add_typer(check.app, name="check")
 app.add_typer(config.app, name="config")
 
 

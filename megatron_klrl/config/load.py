@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from megatron_klrl.config import yaml_text
 from megatron_klrl.config.explain import explain
+from megatron_klrl.config.presets import find_preset
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.errors import UserError
 
@@ -43,13 +44,43 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             key or the file, and the fix.
     """
     file = Path(path)
-    raw = _read_mapping(file)
-    for override in overrides:
+    raw = _with_file_preset(_read_mapping(file))
+    for override in _presets_first(overrides):
         _apply(raw, override)
+        if _names_preset(override):
+            _merge(raw, find_preset(raw["preset"]).sections())
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise explain(error, raw) from error
+
+
+def _with_file_preset(raw: dict[str, object]) -> dict[str, object]:
+    """The preset a file names, under the file's own keys."""
+    if raw.get("preset") is None:
+        return raw
+    merged: dict[str, object] = dict(find_preset(raw["preset"]).sections())
+    _merge(merged, raw)
+    return merged
+
+
+def _presets_first(overrides: Sequence[str]) -> list[str]:
+    """A preset of the command line replaces what the file says, and stays under the other overrides beside it."""
+    return sorted(overrides, key=lambda override: not _names_preset(override))
+
+
+def _names_preset(override: str) -> bool:
+    return override.partition("=")[0].strip() == "preset"
+
+
+def _merge(target: dict[str, object], source: Mapping[str, object]) -> None:
+    """Put the source's keys into the target, section by section."""
+    for key, value in source.items():
+        inside = target.get(key)
+        if isinstance(inside, dict) and isinstance(value, Mapping):
+            _merge(inside, value)
+        else:
+            target[key] = dict(value) if isinstance(value, Mapping) else value
 
 
 def dump_recipe(recipe: Recipe) -> str:

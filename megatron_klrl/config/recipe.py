@@ -43,6 +43,8 @@ class Advantage(StrEnum):
     """How task rewards become advantages."""
 
     RLOO = "rloo"
+    GRPO = "grpo"
+    DR_GRPO = "dr_grpo"
 
 
 class Surrogate(StrEnum):
@@ -119,7 +121,8 @@ class AlgorithmSection(Section):
     """The policy gradient of the task reward; the KL term is the section kl."""
 
     advantage: Advantage = Advantage.RLOO
-    """Baseline of the reward: rloo subtracts the mean of the other completions of the same prompt."""
+    """Baseline of the reward: rloo subtracts the mean of the other completions of the same prompt; grpo the mean of all
+    and divides by their deviation; dr_grpo the mean of all. The KL passes through none of them."""
     surrogate: Surrogate = Surrogate.REINFORCE
     """Objective that is differentiated: reinforce is advantage times log-probability."""
     aggregation: Aggregation = Aggregation.SEQUENCE_SUM
@@ -271,6 +274,8 @@ class OptimumSection(Section):
 class Recipe(Section):
     """All settings of a run."""
 
+    preset: Text | None = None
+    """What another trainer or the paper does, under the keys written here: klrl config presets lists them."""
     model: ModelSection
     """Which model is trained."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_klrl.config.model_folder import ModelShape, describe_model
+from megatron_klrl.config.presets import find_preset
 from megatron_klrl.config.prompt_lengths import count_rows, longest_prompt, longest_worked_answer
 from megatron_klrl.config.recipe import ArithmeticSource, Fp8, JsonlSource, Recipe
 from megatron_klrl.errors import UserError
@@ -125,9 +126,9 @@ def check_on_policy(plan: Plan) -> None:
 
 
 def check_group_size(plan: Plan) -> None:
-    """Leave-one-out needs another completion of the same prompt."""
+    """Every advantage of this version compares completions of the same prompt."""
     if plan.recipe.loop.group_size < 2:
-        problem = "is 1, but rloo compares the completions of one prompt"
+        problem = f"is 1, but {plan.recipe.algorithm.advantage} compares the completions of one prompt"
         raise UserError(problem, field="loop.group_size", fix="set loop.group_size to 2 or more")
 
 
@@ -191,6 +192,17 @@ def warn_biased(plan: Plan) -> Iterator[str]:
         yield f"kl.allow_biased: {refused.reason}"
 
 
+def warn_preset_beta(plan: Plan) -> Iterator[str]:
+    """A preset's number for beta means more here where its library divides the KL."""
+    kl, algorithm = plan.recipe.kl, plan.recipe.algorithm
+    if plan.recipe.preset is None or kl.beta == 0:
+        return
+    preset = find_preset(plan.recipe.preset)
+    as_there = kl.beta == preset.kl.get("beta") and algorithm.aggregation == preset.algorithm["aggregation"]
+    if preset.conversion and as_there:
+        yield f"kl.beta: {kl.beta:g} is the number of preset {preset.name}, not its strength. {preset.conversion}"
+
+
 def warn_cut_answers(plan: Plan) -> Iterator[str]:
     """A worked answer that cannot fit makes a set look worse than the model is."""
     limit = plan.recipe.generation.max_tokens
@@ -223,4 +235,4 @@ RULES: tuple[Callable[[Plan], None], ...] = (
     check_greedy_samples,
     check_kl,
 )
-WARNINGS: tuple[Callable[[Plan], Iterator[str]], ...] = (warn_biased, warn_cut_answers)
+WARNINGS: tuple[Callable[[Plan], Iterator[str]], ...] = (warn_biased, warn_preset_beta, warn_cut_answers)

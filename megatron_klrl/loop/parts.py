@@ -40,8 +40,8 @@ class TrainEngine(Protocol):
         """Forward passes of policy and reference, without gradient."""
         ...
 
-    def forward_backward(self, batch: TrainBatch, loss: PolicyLoss) -> float:
-        """Accumulate the gradient of the whole batch; its loss."""
+    def forward_backward(self, batch: TrainBatch, loss: PolicyLoss, *, keep_whole_gradient: bool = False) -> float:
+        """Take the gradient of the whole batch; its loss. Kept whole, the gradient can be exported."""
         ...
 
     def split_gradient(self, batch: TrainBatch, loss: PolicyLoss) -> Split:
@@ -54,6 +54,22 @@ class TrainEngine(Protocol):
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face-named full tensors, streamed to every rank."""
+        ...
+
+    def keep_gradient(self) -> dict[str, Tensor]:
+        """A copy of this rank's part of the last gradient that was kept whole."""
+        ...
+
+    def export_gradients(self, kept: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The last gradient that was kept whole, or a copy of one, streamed like the weights."""
+        ...
+
+    def perturb(self, *, scale: float, seed: int) -> None:
+        """Add relative Gaussian noise to every weight, the same in every layout."""
+        ...
+
+    def move(self, *, eta: float) -> None:
+        """Subtract ``eta`` times the last gradient that was kept whole from the weights."""
         ...
 
     def save(self, folder: Path) -> None:

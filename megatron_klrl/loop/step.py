@@ -13,7 +13,7 @@ from megatron_klrl.kl.surrogate import loss_terms, reward_advantages
 from megatron_klrl.loop.parts import Parts
 from megatron_klrl.losses.policy_loss import PolicyLoss
 from megatron_klrl.metrics import step as step_metrics
-from megatron_klrl.rl.advantages import rloo
+from megatron_klrl.rl.advantages import ADVANTAGES
 from megatron_klrl.rl.aggregation import AGGREGATIONS
 
 
@@ -59,7 +59,7 @@ def _gradient(parts: Parts, batch: TrainBatch, *, split: bool) -> dict[str, floa
 def assemble(batch: RolloutBatch, scores: TokenScores, recipe: Recipe) -> TrainBatch:
     """Advantages of the reward and of the KL's reward side, each by its own rule, for one update."""
     mask = batch.response_mask
-    advantages = rloo(batch.rewards, group_size=recipe.loop.group_size)
+    advantages = ADVANTAGES[recipe.algorithm.advantage](batch.rewards, group_size=recipe.loop.group_size)
     return TrainBatch(
         tokens=batch.tokens,
         response_mask=mask,

@@ -14,13 +14,16 @@ from torch import Tensor
 from megatron_klrl.batch import RolloutBatch, TokenScores, TrainBatch, padding_rows
 from megatron_klrl.config.model_folder import ModelShape
 from megatron_klrl.losses.policy_loss import PolicyLoss, kl_part, policy_part
-from megatron_klrl.mcore import checkpoint, conversion, loss_scaling, passes
+from megatron_klrl.mcore import checkpoint, conversion, loss_scaling, moves, passes
 from megatron_klrl.mcore.groups import ProcessGroups
 from megatron_klrl.mcore.model import build_model, padded_vocab_size, transformer_config, unwrap
 from megatron_klrl.runtime.world import World
 from megatron_klrl.vocab_parallel.divergence import entropy, full_kl
 from megatron_klrl.vocab_parallel.logprobs import token_logprobs
 from megatron_klrl.vocab_parallel.shard import VocabShard
+
+KeptGradient = dict[str, Tensor]
+"""This rank's part of a gradient by Megatron's parameter names."""
 
 _SCORE_WINDOW = 16
 """Microbatches per pipeline stage whose reference hidden states are alive at once while scoring."""
@@ -215,19 +218,16 @@ class MegatronEngine:
         Costs a second forward and backward, and streams both gradients once.
         """
         kl_loss = self.forward_backward(*kl_part(batch, loss), keep_whole_gradient=True)
-        kept = {name: _main_grad(p).clone() for name, p in conversion.local_parameters(unwrap(self.model))}
+        kept = self.keep_gradient()
         policy_loss = self.forward_backward(*policy_part(batch, loss), keep_whole_gradient=True)
-        by_identity = {id(p): kept[name] for name, p in conversion.local_parameters(unwrap(self.model))}
-        kl = conversion.export_hf(
-            unwrap(self.model), shape=self.shape, groups=self.groups, value=lambda p: by_identity[id(p)]
-        )
+        kl = self.export_gradients(kept)
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         for (_, ours), (_, theirs) in zip(kl, self.export_gradients(), strict=True):
             sums += torch.stack(
                 [(a * b).sum(dtype=torch.float64) for a, b in ((ours, ours), (theirs, theirs), (ours, theirs))]
             )
-        for _, parameter in conversion.local_parameters(unwrap(self.model)):
-            _main_grad(parameter).add_(by_identity[id(parameter)])
+        for name, parameter in conversion.local_parameters(unwrap(self.model)):
+            _main_grad(parameter).add_(kept[name])
         kl_norm, policy_norm = float(sums[0].sqrt()), float(sums[1].sqrt())
         cosine = float(sums[2]) / (kl_norm * policy_norm) if kl_norm * policy_norm > 0 else 0.0
         return GradientSplit(loss=kl_loss + policy_loss, kl_norm=kl_norm, cosine=cosine)
@@ -248,9 +248,41 @@ class MegatronEngine:
         """Stream the policy's weights under Hugging Face names to every rank; consume to the end on all of them."""
         return conversion.export_hf(unwrap(self.model), shape=self.shape, groups=self.groups)
 
-    def export_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream the reduced gradient of the last ``forward_backward(keep_whole_gradient=True)``, float32."""
-        return conversion.export_hf(unwrap(self.model), shape=self.shape, groups=self.groups, value=_main_grad)
+    def keep_gradient(self) -> KeptGradient:
+        """A copy of this rank's part of the last ``forward_backward(keep_whole_gradient=True)``."""
+        return {name: _main_grad(p).clone() for name, p in conversion.local_parameters(unwrap(self.model))}
+
+    def export_gradients(self, kept: KeptGradient | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Stream a reduced gradient under Hugging Face names to every rank, float32; consume to the end on all of them.
+
+        Args:
+            kept: from ``keep_gradient``; by default that of the last ``forward_backward(keep_whole_gradient=True)``.
+        """
+        model = unwrap(self.model)
+        if kept is None:
+            return conversion.export_hf(model, shape=self.shape, groups=self.groups, value=_main_grad)
+        by_identity = {id(p): kept[name] for name, p in conversion.local_parameters(model)}
+        return conversion.export_hf(
+            model, shape=self.shape, groups=self.groups, value=lambda parameter: by_identity[id(parameter)]
+        )
+
+    def perturb(self, *, scale: float, seed: int) -> None:
+        """Add Gaussian noise of ``scale`` times its root mean square to every tensor; the same in every layout."""
+        self._rewrite(
+            (name, moves.with_noise(name, weight, scale=scale, seed=seed)) for name, weight in self.export_weights()
+        )
+
+    def move(self, *, eta: float) -> None:
+        """Subtract ``eta`` times the gradient of the last ``forward_backward(keep_whole_gradient=True)``.
+
+        Neither Adam nor clipping has a part in it; Adam's moments stay what they are.
+        """
+        pairs = zip(self.export_weights(), self.export_gradients(), strict=True)
+        self._rewrite((name, moves.against(name, weight, gradient, eta=eta)) for (name, weight), (_, gradient) in pairs)
+
+    def _rewrite(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        moves.rewrite(unwrap(self.model), weights, shape=self.shape, groups=self.groups)
+        self.optimizer.reload_model_params()  # its float32 copies of bf16 weights
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer to an existing, empty folder."""

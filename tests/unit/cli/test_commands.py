@@ -9,7 +9,16 @@ from megatron_klrl import __version__
 from tests.unit.cli.programs import RECIPE, ROOT, klrl, klrl_here
 from tests.unit.config.folders import make_folder, make_recipe
 
-COMMANDS = (["train"], ["eval"], ["export"], ["doctor"], ["audit"], ["config", "show"], ["config", "diff"])
+COMMANDS = (
+    ["train"],
+    ["eval"],
+    ["export"],
+    ["doctor"],
+    ["audit"],
+    ["config", "show"],
+    ["config", "diff"],
+    ["config", "presets"],
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -56,6 +65,29 @@ def test_config_diff(tmp_path: Path) -> None:
     assert klrl_here("config", "diff", left, right, cwd=tmp_path).stdout == "kl.beta  0.05 -> 0.5\n"
     as_json = klrl_here("config", "diff", left, right, "--json", cwd=tmp_path).stdout
     assert json.loads(as_json) == [{"path": "kl.beta", "left": 0.05, "right": 0.5}]
+
+
+def test_config_presets(tmp_path: Path) -> None:
+    table = klrl_here("config", "presets", cwd=tmp_path).stdout
+    listed = {
+        preset["name"]: preset for preset in json.loads(klrl_here("config", "presets", "--json", cwd=tmp_path).stdout)
+    }
+    for name, preset in listed.items():
+        (line,) = [line for line in table.splitlines() if line.startswith(f"{name} ")]
+        assert line.split()[2:4] == list(preset["verdicts"].values())
+    assert listed["grpo-deepseekmath"]["kl"]["beta"] == 0.04
+    assert listed["grpo-deepseekmath"]["flags"]["beta = 0.04"] == {"kl.beta": 0.04}
+    assert listed["paper-k1-loss"]["verdicts"] == {"sequence": "zero", "token": "zero"}
+
+
+def test_a_biased_preset_is_code_2_and_names_what_is_not(tmp_path: Path) -> None:
+    done = klrl_here("train", RECIPE, "preset=paper-k3-loss", "--dry-run", cwd=tmp_path)
+    assert done.exit_code == 2
+    assert "Fix: set kl.placement=both" in done.stderr
+    assert (
+        klrl_here("train", RECIPE, "preset=paper-k3-loss", "kl.allow_biased=true", "--dry-run", cwd=tmp_path).exit_code
+        == 0
+    )
 
 
 @pytest.mark.parametrize("command", [["show"], ["diff", str(RECIPE)]])

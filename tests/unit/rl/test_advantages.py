@@ -1,10 +1,19 @@
-"""Advantages and aggregation against numbers worked out by hand."""
+"""Advantages and aggregation against numbers worked out by hand, and the KL beside them."""
+
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from megatron_klrl.rl.advantages import rloo
+from megatron_klrl.batch import RolloutBatch, TokenScores
+from megatron_klrl.config.load import load_recipe
+from megatron_klrl.config.recipe import Advantage
+from megatron_klrl.loop.step import assemble
+from megatron_klrl.rl.advantages import ADVANTAGES, GROUP_STD_EPS, dr_grpo, grpo, rloo
 from megatron_klrl.rl.aggregation import AGGREGATIONS
+from tests.unit.config.folders import make_recipe
 
 
 def test_rloo_by_hand() -> None:
@@ -13,26 +22,125 @@ def test_rloo_by_hand() -> None:
     torch.testing.assert_close(rloo(rewards, group_size=3), expected, rtol=0, atol=0)
 
 
-def test_rloo_is_the_exact_policy_gradient_in_expectation() -> None:
-    """Enumerated: two samples of a three-armed bandit; E[sum_i A_i s_i] / G equals grad E[R]."""
-    theta = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
-    reward = torch.tensor([1.0, 0.2, -0.7], dtype=torch.float64)
-    probability = torch.softmax(theta, 0)
-    (exact,) = torch.autograd.grad((probability * reward).sum(), theta, retain_graph=True)
+def test_dr_grpo_by_hand() -> None:
+    rewards = torch.tensor([1.0, 0.0, 2.0, 2.0, 2.0, 5.0])
+    expected = torch.tensor([0.0, -1.0, 1.0, -1.0, -1.0, 2.0])
+    torch.testing.assert_close(dr_grpo(rewards, group_size=3), expected, rtol=0, atol=0)
+
+
+def test_grpo_by_hand() -> None:
+    """Standard deviations 1 and sqrt(3), with two in the denominator of the variance."""
+    rewards = torch.tensor([1.0, 0.0, 2.0, 2.0, 2.0, 5.0], dtype=torch.float64)
+    deviations = torch.tensor([1.0, 1, 1, 3**0.5, 3**0.5, 3**0.5], dtype=torch.float64) + GROUP_STD_EPS
+    expected = torch.tensor([0.0, -1.0, 1.0, -1.0, -1.0, 2.0], dtype=torch.float64) / deviations
+    torch.testing.assert_close(grpo(rewards, group_size=3), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -0.7, 1e4])
+def test_a_group_of_equal_rewards_has_no_advantages(reward: float) -> None:
+    """0.1 three times has a mean that is off by a rounding; what is tiny must not become large."""
+    rewards = torch.tensor([reward] * 3 + [0.0, 0.0, 1.0])
+    advantages = grpo(rewards, group_size=3)
+    assert advantages[:3].tolist() == [0.0, 0.0, 0.0]
+    assert advantages[3:].abs().min() > 0.5, "the other group keeps its own"
+
+
+THETA = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+REWARD = torch.tensor([1.0, 0.2, -0.7], dtype=torch.float64)
+
+
+def exact_gradient() -> Tensor:
+    """Of the expected reward of a three-armed bandit."""
+    return torch.autograd.grad((torch.softmax(THETA, 0) * REWARD).sum(), THETA)[0]
+
+
+def expected_estimate(name: str, group_size: int) -> Tensor:
+    """E[sum_i A_i s_i] / G over every group of independent samples."""
+    probability = torch.softmax(THETA, 0).detach()
     estimate = torch.zeros(3, dtype=torch.float64)
-    for a in range(3):
-        for b in range(3):
-            advantages = rloo(torch.stack([reward[a], reward[b]]), group_size=2)
-            logprobs = torch.log_softmax(theta, 0)[torch.tensor([a, b])]
-            (gradient,) = torch.autograd.grad((advantages * logprobs).mean(), theta, retain_graph=True)
-            estimate += (probability[a] * probability[b]).detach() * gradient
-    torch.testing.assert_close(estimate, exact, rtol=1e-12, atol=1e-14)
+    for arms in product(range(3), repeat=group_size):
+        index = torch.tensor(arms)
+        advantages = ADVANTAGES[name](REWARD[index], group_size=group_size)
+        logprobs = torch.log_softmax(THETA, 0)[index]
+        (gradient,) = torch.autograd.grad((advantages * logprobs).mean(), THETA)
+        estimate += probability[index].prod() * gradient
+    return estimate
 
 
+@pytest.mark.parametrize("group_size", [2, 3, 4])
+def test_rloo_is_the_exact_policy_gradient_in_expectation(group_size: int) -> None:
+    torch.testing.assert_close(expected_estimate("rloo", group_size), exact_gradient(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 4])
+def test_dr_grpo_is_the_policy_gradient_shortened_by_its_own_share(group_size: int) -> None:
+    expected = (1 - 1 / group_size) * exact_gradient()
+    torch.testing.assert_close(expected_estimate("dr_grpo", group_size), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_only_grpo_forgets_the_scale_of_a_prompts_rewards() -> None:
+    """Why no beta beside it is a price in units of reward: both prompts weigh the same."""
+    rewards = torch.tensor([0.0, 1.0, 0.0, 10.0], dtype=torch.float64)
+    small, large = grpo(rewards, group_size=2).view(2, 2)
+    torch.testing.assert_close(small, large, rtol=2 * GROUP_STD_EPS, atol=0)
+    small, large = dr_grpo(rewards, group_size=2).view(2, 2)
+    torch.testing.assert_close(10 * small, large, rtol=0, atol=0)
+
+
+def test_grpo_of_zero_one_rewards_follows_the_arcsine_of_success() -> None:
+    """Large groups, exactly: E[(R - p) / sqrt(p (1 - p)) s] = grad 2 arcsin(sqrt(p)); the group of 400 is near it."""
+    logit = torch.tensor(-0.8, dtype=torch.float64, requires_grad=True)
+    size, p = 400, torch.sigmoid(logit)
+    (limit,) = torch.autograd.grad(2 * torch.asin(torch.sqrt(p)), logit, retain_graph=True)
+    wins = torch.arange(size + 1, dtype=torch.float64)
+    weights = torch.distributions.Binomial(size, p.detach()).log_prob(wins).exp()
+    found = 0.0
+    for count, weight in enumerate(weights.tolist()):
+        rewards = (torch.arange(size) < count).double()
+        scores = rewards - p.detach()
+        found += weight * float((grpo(rewards, group_size=size) * scores).mean())
+    assert found == pytest.approx(float(limit), rel=5e-3), "off by about 1/G"
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
 @pytest.mark.parametrize(("rewards", "group_size"), [(torch.zeros(4), 1), (torch.zeros(5), 2), (torch.zeros(2, 2), 2)])
-def test_rloo_refuses_what_has_no_baseline(rewards: torch.Tensor, group_size: int) -> None:
+def test_what_has_no_baseline_is_refused(name: str, rewards: Tensor, group_size: int) -> None:
     with pytest.raises(ValueError, match="group"):
-        rloo(rewards, group_size=group_size)
+        ADVANTAGES[name](rewards, group_size=group_size)
+
+
+def test_the_recipe_offers_what_there_is() -> None:
+    assert set(ADVANTAGES) == {choice.value for choice in Advantage}
+
+
+def step_batch() -> tuple[RolloutBatch, TokenScores]:
+    """Two groups of two, with log-probabilities that give every token a KL of its own."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[True, True, False], [True, True, True], [True, False, False], [False, True, True]])
+    old = -torch.rand((4, 3), generator=generator).where(mask, 0.0)
+    ref = -torch.rand((4, 3), generator=generator).where(mask, 0.0)
+    batch = RolloutBatch(
+        tokens=torch.ones((4, 4), dtype=torch.int64),
+        response_mask=mask,
+        rollout_logprobs=old,
+        rewards=torch.tensor([1.0, 0.0, 3.0, 0.5]),
+        weight_version=torch.zeros(4, dtype=torch.int64),
+    )
+    return batch, TokenScores(old_logprobs=old, entropy=torch.zeros_like(old), ref_logprobs=ref)
+
+
+def test_the_advantage_of_the_reward_leaves_the_kl_alone(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    batch, scores = step_batch()
+    assembled = {
+        name: assemble(batch, scores, load_recipe(recipe, [f"algorithm.advantage={name}"])) for name in ADVANTAGES
+    }
+    for name, update in assembled.items():
+        expected = ADVANTAGES[name](batch.rewards, group_size=2)[:, None].expand(4, 3).where(batch.response_mask, 0.0)
+        torch.testing.assert_close(update.advantages, expected, rtol=0, atol=0)
+        torch.testing.assert_close(update.kl_advantages, assembled["rloo"].kl_advantages, rtol=0, atol=0)
+    assert assembled["rloo"].kl_advantages.abs().sum() > 0
+    assert not torch.equal(assembled["grpo"].advantages, assembled["rloo"].advantages)
 
 
 MASK = torch.tensor([[True, True, False, False], [True, True, True, True]])

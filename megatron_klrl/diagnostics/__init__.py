@@ -1,0 +1,1 @@
+"""Checks of the real, sharded trainer and engine, made before a run."""
