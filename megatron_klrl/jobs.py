@@ -27,6 +27,7 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
     rank = _rank()
     console = RunConsole(steps=recipe.loop.steps, quiet=rank != 0)
     with _stderr_into(log_file(run_dir, rank)):
+        sys.stderr.write(f"KL: {kl_text(recipe)}: {kl_verdict(recipe)}\n")
         with console.phase("import torch and Megatron-Core"):
             from megatron_klrl import build  # noqa: PLC0415  9 s of imports, under a phase that says so
             from megatron_klrl.loop.run import Run  # noqa: PLC0415

@@ -1,4 +1,8 @@
-"""The probe of the KL term on the real, sharded model: what holds for the default and fails for k1 in the loss."""
+"""The probe of the KL term on the real, sharded model: what holds for the default and fails for k1 in the loss.
+
+Its last check is statistical: with fixed seeds the outcome repeats on one set of versions, which is why it is not among
+the end-to-end tests that the next set of versions runs.
+"""
 
 import json
 
