@@ -42,6 +42,15 @@ class VocabShard:
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return value
 
+    def gather(self, value: Tensor) -> Tensor:
+        """Every shard's value in rank order, ``[shards, *value.shape]``; the same on every rank, not differentiable."""
+        if self.group is None:
+            return value.unsqueeze(0)
+        ranks = dist.get_world_size(self.group)
+        parts = value.new_empty(ranks * value.numel())  # flat: gloo and NCCL differ in the shapes that they take
+        dist.all_gather_into_tensor(parts, value.flatten(), group=self.group)
+        return parts.view(ranks, *value.shape)
+
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Local column of each label (0 where it lies elsewhere), and whether it lies here."""
         inside = (labels >= self.start) & (labels < self.start + self.size)
