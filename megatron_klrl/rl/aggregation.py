@@ -1,8 +1,8 @@
 """How the policy-gradient terms of tokens add up to one loss: weights with global denominators.
 
 The denominators count the whole batch of the update, over all ranks and microbatches, and are known before the first
-microbatch; so the loss does not depend on layout or microbatching. The KL term does not pass through here: it is always
-the sum over a sequence, averaged over sequences.
+microbatch; so the loss does not depend on layout or microbatching. The entropy bonus has the same weights. The KL term
+does not pass through here: it is always the sum over a sequence, averaged over sequences.
 """
 
 from collections.abc import Callable
@@ -25,9 +25,24 @@ def token_mean(mask: Tensor) -> Tensor:
     return mask.float() / mask.sum().clamp(min=1)
 
 
-AGGREGATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+def constant_norm(mask: Tensor, *, norm_length: int) -> Tensor:
+    """Sum over tokens over a constant, mean over sequences: the Dr. GRPO form, `sequence_sum` in other units.
+
+    Args:
+        mask: ``[B, S]`` bool.
+        norm_length: the constant, tokens; the longest response, where a response of that length has weight 1 / B.
+
+    Source: Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783.
+    """
+    return mask.float() / (norm_length * mask.shape[0])
+
+
+AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
     "sequence_sum": sequence_sum,
     "sequence_mean": sequence_mean,
     "token_mean": token_mean,
+    "constant_norm": constant_norm,
 }
-"""``[B, S]`` bool mask of the whole batch -> ``[B, S]`` float32 weights that sum to the loss."""
+"""``[B, S]`` bool mask of the whole batch -> ``[B, S]`` float32 weights that sum to the loss.
+
+``constant_norm`` also takes the keyword ``norm_length``."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_klrl.batch import RolloutBatch, TokenScores
 from megatron_klrl.config.load import load_recipe
-from megatron_klrl.config.recipe import Advantage
+from megatron_klrl.config.recipe import Advantage, Aggregation
 from megatron_klrl.loop.step import assemble
 from megatron_klrl.rl.advantages import ADVANTAGES, GROUP_STD_EPS, dr_grpo, grpo, rloo
 from megatron_klrl.rl.aggregation import AGGREGATIONS
@@ -156,3 +156,13 @@ MASK = torch.tensor([[True, True, False, False], [True, True, True, True]])
 )
 def test_aggregation_by_hand(name: str, weights: list[list[float]]) -> None:
     torch.testing.assert_close(AGGREGATIONS[name](MASK), torch.tensor(weights), rtol=1e-7, atol=0)
+
+
+def test_constant_norm_by_hand() -> None:
+    """Over 2 sequences and the constant 8, whatever the lengths."""
+    expected = torch.tensor([[1 / 16, 1 / 16, 0, 0], [1 / 16, 1 / 16, 1 / 16, 1 / 16]])
+    torch.testing.assert_close(AGGREGATIONS["constant_norm"](MASK, norm_length=8), expected, rtol=1e-7, atol=0)
+
+
+def test_the_recipe_offers_every_aggregation() -> None:
+    assert set(AGGREGATIONS) == {choice.value for choice in Aggregation}
