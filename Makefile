@@ -1,10 +1,12 @@
 # The two commands of the README are `make train` and `make test`; both start from nothing, and again is quick.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format test-next clean
+.PHONY: help setup train test check format test-next bench clean
 
 VENV := .venv
 VENV_NEXT := .venv-next
+VENV_BENCH := .venv-bench
 RECIPE := examples/recipes/arithmetic_cpu.yaml
+BENCH := all --quick
 BIN := $(VENV)/bin
 
 # Tests reach no network, and one thread a process: several ranks share few cores.
@@ -46,8 +48,14 @@ test-next: ## the end-to-end tests on the next versions (.venv-next, set B)
 	@echo "[test-next] pytest tests/e2e"
 	@$(TEST_ENV) $(VENV_NEXT)/bin/python -m pytest --durations=10 tests/e2e
 
+bench: ## compare with other libraries in their environment (BENCH="loss_logits --json FILE")
+	@echo "[bench] checking $(VENV_BENCH)"
+	@environment/install.sh $(VENV_BENCH) bench
+	@echo "[bench] benchmarks/run.py $(BENCH)"
+	@$(VENV_BENCH)/bin/python benchmarks/run.py $(BENCH)
+
 clean: ## remove environments, caches and build output; runs stay
 	@echo "[clean] environments, caches, build output"
-	@rm -rf $(VENV) $(VENV).lock $(VENV_NEXT) $(VENV_NEXT).lock build dist megatron_klrl.egg-info .pytest_cache .ruff_cache \
-		.import_linter_cache
+	@rm -rf $(VENV) $(VENV).lock $(VENV_NEXT) $(VENV_NEXT).lock $(VENV_BENCH) $(VENV_BENCH).lock build dist \
+		megatron_klrl.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

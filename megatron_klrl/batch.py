@@ -72,6 +72,9 @@ class TrainBatch(_Rows):
         response_mask: ``[B, S]`` bool.
         advantages: ``[B, S]`` float32 advantage of the task reward; never holds a KL.
         token_weights: ``[B, S]`` float32 weight of each token's policy-gradient term in the global loss.
+        old_logprobs: ``[B, S]`` float32 nats, the policy before the update: what the surrogate's ratios are taken to.
+        importance_weights: ``[B, S]`` float32 factor of the policy-gradient term alone, which corrects for the gap
+            between trainer and engine; ones outside a correction.
         kl_advantages: ``[B, S]`` float32 minus beta times the reward side of the KL, baseline included.
         ref_logprobs: ``[B, S]`` float32; None when no reference is loaded.
         rollout_logprobs: ``[B, S]`` float32.
@@ -81,9 +84,25 @@ class TrainBatch(_Rows):
     response_mask: Tensor
     advantages: Tensor
     token_weights: Tensor
+    old_logprobs: Tensor
+    importance_weights: Tensor
     kl_advantages: Tensor
     ref_logprobs: Tensor | None
     rollout_logprobs: Tensor
+
+    def at(self, places: Tensor) -> Self:
+        """One row ``[1, n]`` of single targets, for losses that are sums over tokens.
+
+        Args:
+            places: ``[n]`` into the flattened targets ``[B * S]``.
+        """
+        targets = torch.nn.functional.pad(self.tokens[:, 1:].flatten()[places], (1, 0))
+        picked = {
+            f.name: value.flatten()[places].unsqueeze(0)
+            for f in fields(self)
+            if f.name != "tokens" and isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, tokens=targets.unsqueeze(0), **picked)
 
     @property
     def num_rows(self) -> int:

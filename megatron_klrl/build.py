@@ -11,16 +11,18 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_klrl.config.model_folder import ModelShape, describe_model, resolve_folder
-from megatron_klrl.config.recipe import Dtype, Recipe
+from megatron_klrl.config.recipe import DEFAULT_MICRO_BATCH_SIZE, Dtype, Recipe, WeightTransport
 from megatron_klrl.errors import UserError
-from megatron_klrl.generation.vllm_engine import VLLMEngine
+from megatron_klrl.generation.vllm_engine import EngineSettings, VLLMEngine
 from megatron_klrl.loop.parts import EvalTask, Parts
 from megatron_klrl.mcore import groups as process_groups
 from megatron_klrl.mcore.checkpoint import load_model
 from megatron_klrl.mcore.compat import run_on_cpu
-from megatron_klrl.mcore.conversion import export_hf
-from megatron_klrl.mcore.engine import MegatronEngine, OptimizerSettings, TrainerSettings, plain_model
+from megatron_klrl.mcore.engine import MegatronEngine, TrainerSettings, plain_chunks
+from megatron_klrl.mcore.microbatches import Batching, Rows
 from megatron_klrl.mcore.model import unwrap
+from megatron_klrl.mcore.optimizer import OptimizerSettings
+from megatron_klrl.mcore.streams import Streams, SyncSettings
 from megatron_klrl.runtime import seeds
 from megatron_klrl.runtime import world as ranks
 from megatron_klrl.runtime.timers import Timers
@@ -28,6 +30,7 @@ from megatron_klrl.runtime.world import World
 from megatron_klrl.tasks.arithmetic import ArithmeticTask
 from megatron_klrl.tasks.jsonl_file import JsonlTask
 from megatron_klrl.tasks.task import Task
+from megatron_klrl.weight_sync.choose import Kind
 
 _DTYPES = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16}
 _COLLECTIVE_TIMEOUT_S = 1800.0
@@ -60,9 +63,15 @@ def site(recipe: Recipe) -> Iterator[Site]:
     if world.device.type == "cpu":
         torch.set_num_threads(1)  # ranks share the cores; more threads spin against each other
     seeds.seed_everything(recipe.loop.seed)
-    groups = process_groups.initialize(
-        world, tensor=recipe.parallel.tensor, pipeline=recipe.parallel.pipeline, seed=recipe.loop.seed
+    parallel = recipe.parallel
+    layout = process_groups.Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        expert=parallel.expert,
+        virtual=parallel.virtual_pipeline,
     )
+    groups = process_groups.initialize(world, layout, seed=recipe.loop.seed)
     folder = resolve_folder(recipe.model.path)
     try:
         yield Site(
@@ -87,10 +96,16 @@ def build_trainer(recipe: Recipe, place: Site) -> MegatronEngine:
         folder=place.folder,
         settings=TrainerSettings(
             dtype=_DTYPES[recipe.precision.dtype],
-            sequence_parallel=recipe.parallel.sequence,
-            micro_batch_size=recipe.loop.micro_batch_size,
+            batching=_batching(recipe),
             temperature=recipe.generation.temperature,
+            head_chunk_tokens=recipe.memory.head_chunk_tokens,
+            recompute=recipe.memory.recompute,
             with_reference=recipe.kl.beta > 0,
+            sync=SyncSettings(
+                kind=_transport(recipe.weight_sync.transport),
+                bucket_bytes=recipe.weight_sync.bucket_mib << 20,
+                folder=Path(recipe.weight_sync.folder) if recipe.weight_sync.folder else None,
+            ),
             optimizer=OptimizerSettings(
                 lr=optimizer.lr,
                 betas=optimizer.adam_betas,
@@ -103,17 +118,34 @@ def build_trainer(recipe: Recipe, place: Site) -> MegatronEngine:
     )
 
 
+def _transport(wanted: WeightTransport) -> Kind | None:
+    return None if wanted is WeightTransport.AUTO else Kind(wanted.value)
+
+
+def _batching(recipe: Recipe) -> Batching:
+    packed = recipe.loop.tokens_per_microbatch is not None
+    return Batching(
+        rows=Rows.PACKED if packed else Rows.PADDED,
+        size=recipe.loop.tokens_per_microbatch or recipe.loop.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE,
+        sequence_parallel=recipe.parallel.sequence,
+    )
+
+
 def build_engine(recipe: Recipe, place: Site, *, folder: Path | None = None) -> VLLMEngine:
     """The generation engine of a recipe, with the weights of ``folder`` (default: the recipe's model)."""
     settings = recipe.generation
     return VLLMEngine(
         folder=folder or place.folder,
         world=place.world,
-        tensor=settings.tensor,
-        dtype=_DTYPES[recipe.precision.dtype],
-        max_model_len=settings.max_model_len or place.shape.max_position_embeddings,
-        max_num_seqs=settings.max_num_seqs,
-        kv_cache_bytes=settings.kv_cache_mib * 2**20 if settings.kv_cache_mib else None,
+        settings=EngineSettings(
+            tensor=settings.tensor,
+            dtype=_DTYPES[recipe.precision.dtype],
+            max_model_len=settings.max_model_len or place.shape.max_position_embeddings,
+            max_num_seqs=settings.max_num_seqs,
+            kv_cache_bytes=settings.kv_cache_mib * 2**20 if settings.kv_cache_mib else None,
+            timeout_s=settings.timeout_s,
+            sleeps=settings.sleep,
+        ),
     )
 
 
@@ -158,8 +190,9 @@ def _task(source: Any, tokenizer: PreTrainedTokenizerBase, *, seed: int, shuffle
 
 def checkpoint_weights(recipe: Recipe, place: Site, checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """The policy of a checkpoint under Hugging Face names; collective."""
-    model = plain_model(
+    chunks = plain_chunks(
         place.shape, place.folder, groups=place.groups, dtype=_DTYPES[recipe.precision.dtype], device=place.world.device
     )
-    load_model(checkpoint, model, groups=place.groups)
-    return export_hf(unwrap(model), shape=place.shape, groups=place.groups)
+    load_model(checkpoint, chunks, groups=place.groups)
+    bare = [unwrap(chunk) for chunk in chunks]
+    return Streams(bare, shape=place.shape, groups=place.groups, world=place.world, settings=SyncSettings()).weights()

@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,21 @@ from typing import TYPE_CHECKING, Any
 from megatron_klrl.config.describe import kl_text, kl_verdict, layout_text, objective_text
 from megatron_klrl.config.load import load_recipe
 from megatron_klrl.config.recipe import ParallelSection, Recipe
-from megatron_klrl.errors import WorkError
+from megatron_klrl.errors import UserError, WorkError
+from megatron_klrl.launch.forked import RankFailedError, run_forked, start_server
 from megatron_klrl.runtime.logs import log_file, stderr_into
 from megatron_klrl.tracking.console import RunConsole
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from megatron_klrl.build import Site
+    from megatron_klrl.diagnostics.layouts import NamedLayout
     from megatron_klrl.diagnostics.report import Report
     from megatron_klrl.loop.parts import Parts
+
+
+_LAYOUT_TIMEOUT_S = 1800.0
 
 
 def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
@@ -46,7 +54,7 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
             with console.phase("export to Hugging Face folder"):
                 exported = run.export()
             run.finish(exported)
-            parts.engine.close()
+            parts.close()
     console.say(f"run directory  {run_dir}")
     logdir = run_dir.parent if run_dir.parent.name == "runs" else run_dir  # a home shows all runs side by side
     console.say(f"watch it with  {_beside_python('tensorboard')} --logdir {logdir}")
@@ -73,7 +81,7 @@ def eval_rank(recipe: Recipe, checkpoint: Path | None, hf: Path | None, *, as_js
                 parts.trainer.load(checkpoint)
                 parts.engine.update_weights(parts.trainer.export_weights(), version=1)
             found = evaluate(parts)
-            parts.engine.close()
+            parts.close()
     if _rank() == 0:
         _print_evaluation(found, recipe, as_json=as_json)
 
@@ -95,8 +103,88 @@ def check_gradient_rank(recipe: Recipe, *, batches: int, as_json: bool) -> "Repo
             parts = _parts(recipe, place, console)
             with console.phase("probe of the KL term's gradient"):
                 report = GradientProbe(parts, batches=batches).run()
-            parts.engine.close()
+            parts.close()
     return report
+
+
+def check_sync_rank(recipe: Recipe, *, as_json: bool) -> "Report":
+    """Refit the engines from the trainer and compare both; the same report on every rank.
+
+    Args:
+        recipe: whose engines are built; it is sampled at temperature 1, for only weights are compared.
+        as_json: keep standard output free of everything else.
+    """
+    generation = recipe.generation.model_copy(update={"temperature": 1.0, "sleep": False})
+    recipe = recipe.model_copy(update={"generation": generation})
+    console = RunConsole(steps=0, quiet=_rank() != 0 or as_json)
+    with _stderr_into(Path(os.devnull)):
+        with console.phase("import torch and Megatron-Core"):
+            from megatron_klrl import build  # noqa: PLC0415
+            from megatron_klrl.diagnostics.sync_check import SyncCheck  # noqa: PLC0415
+        with build.site(recipe) as place:
+            parts = _parts(recipe, place, console)
+            with console.phase("refit, and both sides of it"):
+                report = SyncCheck(parts).run()
+            parts.close()
+    return report
+
+
+def check_layouts(
+    recipe: Recipe, layouts: "Sequence[NamedLayout]", baseline: "NamedLayout", *, sequences: int, as_json: bool
+) -> "Report":
+    """The recipe's update in several layouts against one rank, each in ranks that this process starts.
+
+    Args:
+        recipe: of the user.
+        layouts: to look at.
+        baseline: the single rank.
+        sequences: rollouts of the update, at least.
+        as_json: keep standard output free of everything else.
+    """
+    console = RunConsole(steps=0, quiet=as_json)
+    with tempfile.TemporaryDirectory(prefix="klrl-check-layout-") as folder, _stderr_into(Path(os.devnull)):
+        with console.phase("import torch and Megatron-Core"):
+            from megatron_klrl.diagnostics import layout_check  # noqa: PLC0415
+
+            start_server(["megatron_klrl.mcore.engine"])
+        rollout_file = Path(folder, "rollouts.safetensors")
+        with console.phase(f"vLLM: {sequences} rollouts"):
+            _forked(baseline, _sample_for_layouts, baseline.recipe, sequences, rollout_file)
+        for layout in (baseline, *layouts):
+            Path(folder, layout.name).mkdir()
+            with console.phase(f"{layout.name}: {layout_text(layout.recipe, world_size=layout.ranks)}"):
+                _forked(layout, _measure_layout, layout.recipe, rollout_file, Path(folder, layout.name))
+        found = [(layout.name, layout.ranks, Path(folder, layout.name)) for layout in layouts]
+        return layout_check.compare(found, Path(folder, baseline.name), subject=f"update: {objective_text(recipe)}")
+
+
+def _forked(layout: "NamedLayout", function: "Callable[..., None]", *args: Any) -> None:
+    try:
+        run_forked(layout.ranks, function, *args, timeout_s=_LAYOUT_TIMEOUT_S)
+    except RankFailedError as failure:
+        if isinstance(failure.error, UserError | WorkError):
+            raise failure.error from failure
+        raise WorkError(f"layout {layout.name}: {failure}") from failure
+
+
+def _sample_for_layouts(recipe: Recipe, sequences: int, to: Path) -> None:
+    from megatron_klrl import build  # noqa: PLC0415
+    from megatron_klrl.diagnostics import layout_check  # noqa: PLC0415
+
+    with build.site(recipe) as place:
+        engine = build.build_engine(recipe, place)
+        parts = build.build_parts(recipe, place, trainer=None, engine=engine)
+        layout_check.write_batch(layout_check.sample(parts, sequences=sequences), to)
+        engine.close()
+
+
+def _measure_layout(recipe: Recipe, rollout_file: Path, to: Path) -> None:
+    from megatron_klrl import build  # noqa: PLC0415
+    from megatron_klrl.diagnostics import layout_check  # noqa: PLC0415
+
+    with build.site(recipe) as place:
+        trainer = build.build_trainer(recipe, place)
+        layout_check.measure(trainer, recipe, place.world, rollout_file=rollout_file, to=to)
 
 
 def export_checkpoint(checkpoint: Path, to: Path) -> None:

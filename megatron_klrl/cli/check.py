@@ -4,7 +4,8 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,10 @@ from megatron_klrl.cli.rank import rank_place, run_as_rank
 from megatron_klrl.cli.reporting import errors_reported, tell
 from megatron_klrl.cli.run_dir import CONFIG_FILE, prepare_run_dir
 from megatron_klrl.config.load import load_recipe
+from megatron_klrl.config.model_folder import describe_model
+from megatron_klrl.config.prompt_lengths import longest_prompt
 from megatron_klrl.config.recipe import Recipe
+from megatron_klrl.config.validate import validate
 from megatron_klrl.errors import UserError, WorkError
 from megatron_klrl.launch.local import run_ranks
 
@@ -51,27 +55,120 @@ def gradient(
     Example: klrl check gradient examples/recipes/arithmetic_cpu.yaml kl.estimator=exact kl.placement=both
     """
     with errors_reported(traceback=traceback):
-        place = rank_place()
 
-        def work(resolved: Recipe) -> None:
+        def report(resolved: Recipe) -> "Report":
             from megatron_klrl.jobs import check_gradient_rank
 
-            report = check_gradient_rank(resolved, batches=batches, as_json=as_json)
-            _conclude(report, prints=place is None or place.rank == 0, as_json=as_json)
+            return check_gradient_rank(resolved, batches=batches, as_json=as_json)
 
-        if place is not None and place.run_dir is not None:
-            resolved = load_recipe(place.run_dir / CONFIG_FILE)
-            run_as_rank(lambda: work(resolved), place=place, run_dir=place.run_dir, traceback=traceback)
-            return
-        preparation = prepare(recipe, overrides or (), place=place)
-        _check_has_kl(preparation.recipe)
-        if place is None or place.rank == 0:
-            announce("check gradient", preparation, target=preparation.recipe.model.path, to_stderr=as_json)
-        if place is not None:
-            run_as_rank(lambda: work(preparation.recipe), place=place, run_dir=None, traceback=traceback)
-            return
-        options = ["--batches", str(batches), *_flags(as_json=as_json, traceback=traceback)]
-        _here_or_in_ranks(["check", "gradient"], options, preparation.recipe, ranks=preparation.world_size, work=work)
+        job = _Job(name="gradient", options=("--batches", str(batches)), check=_check_has_kl, report=report)
+        _run(job, recipe, overrides or (), as_json=as_json, traceback=traceback)
+
+
+@app.command()
+def sync(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    as_json: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Prove the engine's weights to be the trainer's after a refit: bits of all tensors, and log-probabilities.
+
+    Example: klrl check sync examples/recipes/arithmetic_cpu.yaml parallel.tensor=1 launch.ranks=2
+    """
+    with errors_reported(traceback=traceback):
+
+        def report(resolved: Recipe) -> "Report":
+            from megatron_klrl.jobs import check_sync_rank
+
+            return check_sync_rank(resolved, as_json=as_json)
+
+        job = _Job(name="sync", report=report)
+        _run(job, recipe, overrides or (), as_json=as_json, traceback=traceback)
+
+
+@app.command()
+def layout(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    layouts: Annotated[
+        str,
+        typer.Option("--layouts", help="Comma-separated: tp2, pp2vp2, tp2sp, cp2-packed, ... [default: one of each]"),
+    ] = "",
+    sequences: Annotated[int, typer.Option("--sequences", min=2, help="Rollouts of the update, at least.")] = 16,
+    as_json: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Prove scores, loss, policy gradient and KL gradient of the same rollouts equal to one rank's, in float32.
+
+    Example: klrl check layout examples/recipes/arithmetic_cpu.yaml --layouts tp2,pp2,tp2pp2,cp2-packed
+    """
+    with errors_reported(traceback=traceback):
+        if rank_place() is not None:
+            fix = "start it without torchrun or srun: it starts the ranks of each layout itself"
+            raise UserError("does not run under a launcher", field="klrl check layout", fix=fix)
+        from megatron_klrl.diagnostics.layouts import ONE_RANK, default_layouts, named_layout
+
+        loaded = load_recipe(recipe, overrides or ())
+        shape = describe_model(loaded.model.path)
+        longest = longest_prompt(loaded.data.train) + loaded.generation.max_tokens
+        base = named_layout(ONE_RANK, loaded, longest_row=longest)
+        validate(base.recipe, base.ranks)
+        asked = [name.strip() for name in layouts.split(",")] if layouts else default_layouts(shape)
+        chosen = []
+        for named in (named_layout(name, loaded, longest_row=longest) for name in asked):
+            try:
+                validate(named.recipe, named.ranks)
+                chosen.append(named)
+            except UserError as error:
+                if layouts:
+                    raise
+                tell(f"left out {named.name}: {error.problem}")
+        tell(f"klrl check layout: {recipe.stem}: {', '.join(named.name for named in chosen)} against one rank, float32")
+        from megatron_klrl.jobs import check_layouts
+
+        report = check_layouts(loaded, chosen, base, sequences=sequences, as_json=as_json)
+        _conclude(report, prints=True, as_json=as_json)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A check that runs in the ranks of the recipe.
+
+    Attributes:
+        name: of the command.
+        options: its own, for the ranks that this process starts.
+        check: refuses recipes before anything starts.
+        report: what every rank does.
+    """
+
+    name: str
+    report: Callable[[Recipe], "Report"]
+    options: tuple[str, ...] = ()
+    check: Callable[[Recipe], None] | None = None
+
+
+def _run(job: _Job, recipe: Path, overrides: Sequence[str], *, as_json: bool, traceback: bool) -> None:
+    """Do a check as the rank this process is, or in the ranks that it starts."""
+    place = rank_place()
+
+    def work(resolved: Recipe) -> None:
+        _conclude(job.report(resolved), prints=place is None or place.rank == 0, as_json=as_json)
+
+    if place is not None and place.run_dir is not None:
+        resolved = load_recipe(place.run_dir / CONFIG_FILE)
+        run_as_rank(lambda: work(resolved), place=place, run_dir=place.run_dir, traceback=traceback)
+        return
+    preparation = prepare(recipe, overrides, place=place)
+    if job.check is not None:
+        job.check(preparation.recipe)
+    if place is None or place.rank == 0:
+        announce(f"check {job.name}", preparation, target=preparation.recipe.model.path, to_stderr=as_json)
+    if place is not None:
+        run_as_rank(lambda: work(preparation.recipe), place=place, run_dir=None, traceback=traceback)
+        return
+    options = [*job.options, *_flags(as_json=as_json, traceback=traceback)]
+    _here_or_in_ranks(["check", job.name], options, preparation.recipe, ranks=preparation.world_size, work=work)
 
 
 def _check_has_kl(recipe: Recipe) -> None:

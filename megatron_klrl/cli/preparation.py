@@ -13,7 +13,7 @@ from megatron_klrl.config.load import load_recipe
 from megatron_klrl.config.memory import estimate_memory
 from megatron_klrl.config.model_folder import ModelShape, describe_model
 from megatron_klrl.config.recipe import Recipe
-from megatron_klrl.config.validate import validate
+from megatron_klrl.config.validate import check_sleep, validate
 from megatron_klrl.launch.devices import decide_ranks, visible_gpus
 
 
@@ -49,8 +49,10 @@ def prepare(recipe_path: Path, overrides: Sequence[str], *, place: RankPlace | N
     """
     recipe = load_recipe(recipe_path, overrides)
     shape = describe_model(recipe.model.path)
-    world_size = decide_ranks(recipe, gpus=visible_gpus()) if place is None else place.world_size
+    gpus = visible_gpus() if place is None or recipe.generation.sleep else 0
+    world_size = decide_ranks(recipe, gpus=gpus) if place is None else place.world_size
     warnings = validate(recipe, world_size)
+    check_sleep(recipe, gpus=gpus)
     return Preparation(name=recipe_path.stem, recipe=recipe, shape=shape, world_size=world_size, warnings=warnings)
 
 
@@ -74,7 +76,9 @@ def plan_as_dict(preparation: Preparation, *, run_dir: Path) -> dict[str, object
             "ranks": preparation.world_size,
             "tensor": parallel.tensor,
             "pipeline": parallel.pipeline,
+            "virtual_pipeline": parallel.virtual_pipeline,
             "context": parallel.context,
+            "expert": parallel.expert,
             "data": preparation.data_parallel,
         },
         "kl": {"text": kl_text(preparation.recipe), "verdict": kl_verdict(preparation.recipe)},

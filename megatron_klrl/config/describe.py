@@ -1,6 +1,7 @@
 """A recipe in words: its objective, its KL configuration and what that follows, its layout."""
 
 from megatron_klrl.config.recipe import Recipe
+from megatron_klrl.config.sampling import truncation
 from megatron_klrl.kl.refusal import refusal
 
 
@@ -27,12 +28,20 @@ def kl_verdict(recipe: Recipe) -> str:
     refused = refusal(recipe.kl, on_policy=True)
     if refused is not None:
         return f"biased, and kl.allow_biased lets it run: {refused.reason}"
+    truncated = truncation(recipe.generation)
+    if truncated is not None:
+        return f"biased, and kl.allow_biased lets it run: {truncated}"
     return f"follows the gradient of the {recipe.kl.objective}-level KL on-policy"
 
 
 def layout_text(recipe: Recipe, *, world_size: int) -> str:
-    """Like ``2 ranks (TP 2 x PP 1 x DP 1)``."""
+    """Like ``2 ranks (TP 2 x PP 1 x DP 1)``; what is rarely used is named where it is."""
     parallel = recipe.parallel
     plural = "s" if world_size > 1 else ""
     data = world_size // parallel.ranks_per_replica
-    return f"{world_size} rank{plural} (TP {parallel.tensor} x PP {parallel.pipeline} x DP {data})"
+    parts = [f"TP {parallel.tensor}", f"PP {parallel.pipeline}"]
+    if parallel.virtual_pipeline > 1:
+        parts[-1] += f" ({parallel.virtual_pipeline} chunks)"
+    parts += [f"CP {parallel.context}"] if parallel.context > 1 else []
+    parts += [f"DP {data}"] + ([f"EP {parallel.expert} inside"] if parallel.expert > 1 else [])
+    return f"{world_size} rank{plural} ({' x '.join(parts)})"

@@ -39,9 +39,10 @@ class MemoryEstimate:
 
 
 def estimate_memory(recipe: Recipe, shape: ModelShape) -> MemoryEstimate:
-    """Parameters spread evenly over tensor and pipeline ranks; optimiser state not spread over data-parallel ranks."""
+    """Bytes of one rank: parameters spread evenly over tensor (expert) and pipeline ranks, Adam not over data ranks."""
     parallel = recipe.parallel
-    local = -(-shape.parameters // (parallel.tensor * parallel.pipeline))
+    local = -(-(shape.parameters - shape.expert_parameters) // (parallel.tensor * parallel.pipeline))
+    local += -(-shape.expert_parameters // (parallel.expert * parallel.pipeline))
     width = _BYTES[recipe.precision.dtype]
     master = 0 if recipe.precision.dtype is Dtype.FP32 else _FP32_BYTES
     cache = recipe.generation.kv_cache_mib

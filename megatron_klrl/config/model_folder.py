@@ -13,11 +13,29 @@ from megatron_klrl.errors import UserError
 
 QWEN2 = "Qwen2ForCausalLM"
 QWEN3 = "Qwen3ForCausalLM"
+QWEN3_MOE = "Qwen3MoeForCausalLM"
 LLAMA = "LlamaForCausalLM"
-ARCHITECTURES = (QWEN2, QWEN3, LLAMA)
+ARCHITECTURES = (QWEN2, QWEN3, QWEN3_MOE, LLAMA)
 EMBEDDED = "embedded:"
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """The mixture of experts in every layer.
+
+    Attributes:
+        count: experts of a layer.
+        per_token: experts that each token is sent to.
+        ffn: width inside one expert.
+        normalised: the weights of a token's experts are scaled to sum to 1.
+    """
+
+    count: int
+    per_token: int
+    ffn: int
+    normalised: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +50,7 @@ class ModelShape:
         heads: query heads of a layer.
         kv_heads: key-value heads of a layer.
         head_dim: width of a head.
-        ffn: width inside the gated feed-forward block.
+        ffn: width inside the gated feed-forward block; that of one expert in a mixture.
         vocab_size: rows of the embedding.
         tied: the output layer is the embedding.
         attention_bias: query, key and value projections have a bias (the output projection never has).
@@ -41,6 +59,7 @@ class ModelShape:
         max_position_embeddings: longest sequence, tokens.
         rms_norm_eps: added to the mean square in RMS normalisation.
         eos_ids: ids of the tokens that end a response.
+        experts: the mixture of experts; None in a dense model.
     """
 
     path: Path
@@ -59,6 +78,7 @@ class ModelShape:
     max_position_embeddings: int
     rms_norm_eps: float
     eos_ids: tuple[int, ...]
+    experts: Experts | None = None
 
     @property
     def parameters(self) -> int:
@@ -67,9 +87,15 @@ class ModelShape:
         attention = self.hidden_size * (2 * query + 2 * key_value)
         attention += (query + 2 * key_value) if self.attention_bias else 0
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        layer = attention + norms + 3 * self.hidden_size * self.ffn
+        layer = attention + norms
+        layer += self.hidden_size * self.experts.count if self.experts else 3 * self.hidden_size * self.ffn
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        return self.layers * layer + embeddings + self.hidden_size
+        return self.layers * layer + embeddings + self.hidden_size + self.expert_parameters
+
+    @property
+    def expert_parameters(self) -> int:
+        """Those of them that lie in experts."""
+        return self.layers * self.experts.count * 3 * self.hidden_size * self.ffn if self.experts else 0
 
 
 def resolve_folder(path: str) -> Path:
@@ -98,6 +124,7 @@ def describe_model(path: str | Path) -> ModelShape:
     architecture = _architecture(config)
     _refuse_unsupported(config)
     heads, hidden_size = config.integer("num_attention_heads"), config.integer("hidden_size")
+    experts = _experts(config) if architecture == QWEN3_MOE else None
     return ModelShape(
         path=folder,
         architecture=architecture,
@@ -106,15 +133,16 @@ def describe_model(path: str | Path) -> ModelShape:
         heads=heads,
         kv_heads=config.integer("num_key_value_heads", default=heads if architecture == LLAMA else None),
         head_dim=_head_dim(config, architecture, hidden_size=hidden_size, heads=heads),
-        ffn=config.integer("intermediate_size"),
+        ffn=experts.ffn if experts else config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size"),
         tied=config.flag("tie_word_embeddings", default=False),
         attention_bias=architecture == QWEN2,
-        qk_norm=architecture == QWEN3,
+        qk_norm=architecture in (QWEN3, QWEN3_MOE),
         rope=read_rope(config),
         max_position_embeddings=config.integer("max_position_embeddings"),
         rms_norm_eps=config.number("rms_norm_eps"),
         eos_ids=_eos_ids(folder, config),
+        experts=experts,
     )
 
 
@@ -198,6 +226,20 @@ def _head_dim(config: JsonFields, architecture: str, *, hidden_size: int, heads:
         )
         raise config.error(problem, fix="add head_dim")
     return hidden_size // heads
+
+
+def _experts(config: JsonFields) -> Experts:
+    if config.integer("decoder_sparse_step", default=1) != 1 or config.values.get("mlp_only_layers"):
+        problem = "has dense layers among its expert layers (decoder_sparse_step, mlp_only_layers), not supported"
+        raise config.error(problem, fix="give a model with experts in every layer")
+    # transformers 5 writes num_local_experts, the published folders have num_experts
+    name = "num_local_experts" if "num_local_experts" in config.values else "num_experts"
+    return Experts(
+        count=config.integer(name),
+        per_token=config.integer("num_experts_per_tok"),
+        ffn=config.integer("moe_intermediate_size"),
+        normalised=config.flag("norm_topk_prob", default=False),
+    )
 
 
 def _eos_ids(folder: Path, config: JsonFields) -> tuple[int, ...]:

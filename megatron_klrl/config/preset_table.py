@@ -10,8 +10,9 @@ READ_AT = (
     "AReaL 4aef98d8, Megatron-LM d98e8a64"
 )
 
-_ONE_UPDATE = "Ratio clipping is left out: with one update per batch the ratio is 1 and never clips."
-_OTHER_UPDATES = "It makes {} updates per batch and clips their ratio; here one, whose ratio is 1 and never clips."
+_OTHER_UPDATES = (
+    "It makes {} updates per batch; here one by default (loop.updates_per_batch), whose ratio is 1 and never clips."
+)
 _CLAMP = "It clamps the log-ratio at 20 and the estimate at 10, where the gradient ends; here nothing is clamped."
 _CLAMP_10 = "It clamps the estimate at 10; here nothing is clamped."
 _TOKEN_OBJECTIVE = "It states objective=token, the KL that this form follows; objective=sequence would refuse it."
@@ -33,6 +34,8 @@ _BY_LENGTH = (
 
 _FORM = "kl.placement kl.estimator kl.credit kl.correction"
 _BETA, _ADVANTAGE, _AGGREGATION = "kl.beta", "algorithm.advantage", "algorithm.aggregation"
+_SURROGATE = "algorithm.surrogate"
+_CLIP = "algorithm.surrogate algorithm.clip_low algorithm.clip_high"
 
 
 def _kl(name: str, *, beta: float | None = None, objective: str = "sequence") -> dict[str, object]:
@@ -47,11 +50,12 @@ def _kl(name: str, *, beta: float | None = None, objective: str = "sequence") ->
     return settings if beta is None else {"beta": beta, **settings}
 
 
-def _algorithm(advantage: str, aggregation: str) -> dict[str, object]:
-    return {"advantage": advantage, "aggregation": aggregation}
+def _algorithm(advantage: str, aggregation: str, **surrogate: object) -> dict[str, object]:
+    """Clipped as in PPO. Bounds stand here where they are not the surrogate's own: a user may change the surrogate."""
+    return {"advantage": advantage, "surrogate": "ppo_clip", "aggregation": aggregation, **surrogate}
 
 
-_RLOO = _algorithm("rloo", "sequence_sum")
+_RLOO = _algorithm("rloo", "sequence_sum", surrogate="reinforce")
 
 
 def _paper(cell: str, name: str) -> Preset:
@@ -66,7 +70,7 @@ def _paper(cell: str, name: str) -> Preset:
         flags={
             f"{estimator.upper()} in {placement}": _FORM,
             "beta (0, 0.05, 0.1, 0.3 and 1 in the paper)": _BETA,
-            "RLOO, 5 completions per prompt (loop.group_size)": f"{_ADVANTAGE} {_AGGREGATION}",
+            "RLOO, 5 completions per prompt (loop.group_size)": f"{_ADVANTAGE} {_SURROGATE} {_AGGREGATION}",
         },
         differences=both if placement == "both" else (),
     )
@@ -83,9 +87,13 @@ PRESETS: tuple[Preset, ...] = (
             "D_KL in the objective, eq. 4": _FORM,
             "beta = 0.04": _BETA,
             "(r - mean(r)) / std(r), 64 completions (loop.group_size)": _ADVANTAGE,
+            "min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)": _SURROGATE,
             "1/G sum 1/|o|": _AGGREGATION,
         },
-        differences=(_ONE_UPDATE, "The paper does not say which standard deviation; here G - 1 divides."),
+        differences=(
+            "The paper does not say which standard deviation; here G - 1 divides.",
+            "The paper gives no epsilon; here it is 0.2 (algorithm.clip_low, algorithm.clip_high).",
+        ),
         conversion=_BY_LENGTH,
     ),
     Preset(
@@ -93,9 +101,13 @@ PRESETS: tuple[Preset, ...] = (
         origin="Dr. GRPO, arXiv 2503.20783",
         summary="no KL, group mean without standard deviation, no length normalisation",
         kl={"beta": 0.0},
-        algorithm=_algorithm("dr_grpo", "sequence_sum"),
-        flags={"beta = 0": _BETA, "R - mean(R)": _ADVANTAGE, "token sum / constant": _AGGREGATION},
-        differences=(_ONE_UPDATE, "Its constant divisor is a factor of the learning rate and left out."),
+        algorithm=_algorithm("dr_grpo", "constant_norm"),
+        flags={
+            "beta = 0": _BETA,
+            "R - mean(R)": _ADVANTAGE,
+            "clip 0.2": _SURROGATE,
+            "token sum / longest response": _AGGREGATION,
+        },
     ),
     Preset(
         name="deepseek-v3.2",
@@ -107,10 +119,12 @@ PRESETS: tuple[Preset, ...] = (
             "unbiased KL estimate, section 3.1": _FORM,
             "beta": _BETA,
             "R - mean(R)": _ADVANTAGE,
+            "min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)": _SURROGATE,
             "1/G sum 1/|o|": _AGGREGATION,
         },
         differences=(
-            _ONE_UPDATE,
+            _OTHER_UPDATES.format("several"),
+            "The paper gives no epsilon; here it is 0.2 (algorithm.clip_low, algorithm.clip_high).",
             _OWN_BETA.format("the paper gives no number and weakens it for mathematics"),
             "Off-policy sequence masking, routing replay and the sampling mask are left out.",
             _TRAINER_RATIO,
@@ -123,10 +137,12 @@ PRESETS: tuple[Preset, ...] = (
         origin="verl",
         summary="GRPO with verl's defaults: no KL, no reference",
         kl={"beta": 0.0},
-        algorithm=_algorithm("grpo", "token_mean"),
+        algorithm=_algorithm("grpo", "token_mean", dual_clip=3.0),
         flags={
             "algorithm.use_kl_in_reward=False actor_rollout_ref.actor.use_kl_loss=False": _BETA,
             "algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo=True": _ADVANTAGE,
+            "actor_rollout_ref.actor.clip_ratio=0.2": _SURROGATE,
+            "actor_rollout_ref.actor.clip_ratio_c=3.0": "algorithm.dual_clip",
             "actor_rollout_ref.actor.loss_agg_mode=token-mean": _AGGREGATION,
         },
         differences=(
@@ -139,11 +155,13 @@ PRESETS: tuple[Preset, ...] = (
         origin="verl",
         summary="verl's GRPO with its KL loss on, at that loss's defaults",
         kl=_kl("loss/k3/token/none", beta=0.001),
-        algorithm=_algorithm("grpo", "token_mean"),
+        algorithm=_algorithm("grpo", "token_mean", dual_clip=3.0),
         flags={
             "actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_type=low_var_kl": _FORM,
             "actor_rollout_ref.actor.kl_loss_coef=0.001": _BETA,
             "algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo=True": _ADVANTAGE,
+            "actor_rollout_ref.actor.clip_ratio=0.2": _SURROGATE,
+            "actor_rollout_ref.actor.clip_ratio_c=3.0": "algorithm.dual_clip",
             "actor_rollout_ref.actor.loss_agg_mode=token-mean": _AGGREGATION,
         },
         differences=(_OTHER_UPDATES.format("4"), _CLAMP),
@@ -159,13 +177,13 @@ PRESETS: tuple[Preset, ...] = (
             "use_bias_correction_kl=True": _FORM,
             "beta=0.0": _BETA,
             'scale_rewards="group"': _ADVANTAGE,
+            "epsilon=0.2": _SURROGATE,
             'loss_type="dapo"': _AGGREGATION,
         },
         differences=(
-            _ONE_UPDATE,
             "Before TRL 1.10 the default was use_bias_correction_kl=False: kl.correction=none.",
             "It adds 1e-4 to the standard deviation, here 1e-6.",
-            "It truncates the ratio of trainer to engine in the policy loss (vllm_importance_sampling_correction).",
+            "vllm_importance_sampling_correction=True is mismatch.correction=sequence_mask mismatch.high=3.",
             _TRAINER_RATIO,
             _TOKEN_OBJECTIVE,
         ),
@@ -181,9 +199,9 @@ PRESETS: tuple[Preset, ...] = (
             "rewards - beta * kl, kl summed over the completion": _FORM,
             "beta=0.05": _BETA,
             "normalize_advantages=False, num_generations=2 (loop.group_size)": _ADVANTAGE,
-            "one ratio per sequence": _AGGREGATION,
+            "one ratio per sequence": f"{_SURROGATE} {_AGGREGATION}",
         },
-        differences=(_ONE_UPDATE,),
+        differences=("It clips that ratio at 0.2; with one update per batch it is 1, the gradient is reinforce's.",),
     ),
     Preset(
         name="nemo-rl-default",
@@ -195,10 +213,10 @@ PRESETS: tuple[Preset, ...] = (
             "loss_fn.reference_policy_kl_type=k3": _FORM,
             "loss_fn.reference_policy_kl_penalty=0.01": _BETA,
             "grpo.normalize_rewards=true grpo.use_leave_one_out_baseline=true": _ADVANTAGE,
+            "loss_fn.ratio_clip_min=0.2 loss_fn.ratio_clip_max=0.2": _SURROGATE,
             "loss_fn.token_level_loss=true": _AGGREGATION,
         },
         differences=(
-            _ONE_UPDATE,
             "Its ratio has the value 1 unless use_on_policy_kl_approximation=true; here the value against the engine.",
             "kl.estimator=k2 kl.correction=none has the gradient of its default, sample by sample.",
             "Its mean and standard deviation leave the own reward out; here they are the whole group's.",
@@ -217,10 +235,10 @@ PRESETS: tuple[Preset, ...] = (
             "--use-kl-loss --kl-loss-type k3 --use-unbiased-kl": _FORM,
             "--kl-loss-coef": _BETA,
             "--advantage-estimator grpo": _ADVANTAGE,
+            "--eps-clip 0.2": _SURROGATE,
             "no --calculate-per-token-loss": _AGGREGATION,
         },
         differences=(
-            _ONE_UPDATE,
             _OWN_BETA.format("slime's default, and that of its scripts, is 0"),
             _TRAINER_RATIO,
             _TOKEN_OBJECTIVE,
@@ -232,11 +250,12 @@ PRESETS: tuple[Preset, ...] = (
         origin="OpenRLHF",
         summary="k1 off the reward of the token and of what follows",
         kl=_kl("reward/k1/to_go/none", beta=0.01),
-        algorithm=_RLOO,
+        algorithm=_algorithm("rloo", "sequence_sum"),
         flags={
             "--algo.kl.estimator k1": _FORM,
             "--algo.kl.init_coef 0.01": _BETA,
             "--algo.advantage.estimator rloo": _ADVANTAGE,
+            "--actor.eps_clip 0.2": _SURROGATE,
             "token-level loss": _AGGREGATION,
         },
         differences=(
@@ -252,11 +271,12 @@ PRESETS: tuple[Preset, ...] = (
         origin="OpenRLHF",
         summary="k3 in the loss, standardised rewards, as in its DAPO script",
         kl=_kl("loss/k3/token/none", beta=0.001),
-        algorithm=_algorithm("grpo", "token_mean"),
+        algorithm=_algorithm("grpo", "token_mean", clip_high=0.27),
         flags={
             "--algo.kl.use_loss --algo.kl.estimator k3": _FORM,
             "--algo.kl.init_coef 1e-3": _BETA,
             "--algo.advantage.estimator group_norm": _ADVANTAGE,
+            "--actor.eps_clip_low_high 0.2 0.27": f"{_SURROGATE} algorithm.clip_high",
             "token-level loss": _AGGREGATION,
         },
         differences=(
@@ -275,11 +295,13 @@ PRESETS: tuple[Preset, ...] = (
             "--algo.kl.use_loss --algo.kl.estimator k2": _FORM,
             "--algo.kl.init_coef 1e-5": _BETA,
             "--algo.advantage.estimator reinforce_baseline": _ADVANTAGE,
+            "--actor.eps_clip 0.2": _SURROGATE,
             "token-level loss": _AGGREGATION,
         },
         differences=(
             _OTHER_UPDATES.format("several"),
             "It divides advantages by their standard deviation over the batch; here nothing does.",
+            "--algo.advantage.is_correction_type icepop is mismatch.correction=token_mask.",
             _CLAMP_10,
             _TOKEN_OBJECTIVE,
         ),
@@ -295,6 +317,7 @@ PRESETS: tuple[Preset, ...] = (
             "trainer.algorithm.use_kl_loss=true trainer.algorithm.kl_estimator_type=k3": _FORM,
             "trainer.algorithm.kl_loss_coef=0.001": _BETA,
             "trainer.algorithm.advantage_estimator=grpo trainer.algorithm.grpo_norm_by_std=true": _ADVANTAGE,
+            "trainer.algorithm.policy_loss_type=regular trainer.algorithm.eps_clip_low=0.2": _SURROGATE,
             "trainer.algorithm.loss_reduction=token_mean": _AGGREGATION,
         },
         differences=(_OTHER_UPDATES.format("4"), _CLAMP),
@@ -305,11 +328,12 @@ PRESETS: tuple[Preset, ...] = (
         origin="AReaL",
         summary="k1 off the reward of the token and of what follows",
         kl=_kl("reward/k1/to_go/none", beta=0.1),
-        algorithm=_RLOO,
+        algorithm=_algorithm("rloo", "sequence_sum"),
         flags={
             "actor.kl_estimator=k1": _FORM,
             "actor.kl_ctl=0.1": _BETA,
             "actor.reward_norm=null actor.adv_norm=null": _ADVANTAGE,
+            "actor.eps_clip=0.2": _SURROGATE,
             "mean over tokens": _AGGREGATION,
         },
         differences=(
@@ -326,11 +350,12 @@ PRESETS: tuple[Preset, ...] = (
         origin="Megatron-LM megatron/rl",
         summary="k3 in the loss, standardised rewards",
         kl=_kl("loss/k3/token/none", beta=0.001),
-        algorithm=_algorithm("grpo", "token_mean"),
+        algorithm=_algorithm("grpo", "token_mean", clip_low=0.01, clip_high=0.01),
         flags={
             "k3 in calculate_grpo_loss": _FORM,
             "--grpo-kl-beta 0.001": _BETA,
             "(r - mean) / (1e-4 + std), --grpo-group-size 2 (loop.group_size)": _ADVANTAGE,
+            "--grpo-clamp-eps-lower 0.01 --grpo-clamp-eps-upper 0.01": _CLIP,
             "token sum / tokens": _AGGREGATION,
         },
         differences=(
@@ -346,7 +371,10 @@ PRESETS: tuple[Preset, ...] = (
         summary="no KL, RLOO, on-policy",
         kl={"beta": 0.0},
         algorithm=_RLOO,
-        flags={"beta = 0": _BETA, "RLOO, 5 completions per prompt (loop.group_size)": f"{_ADVANTAGE} {_AGGREGATION}"},
+        flags={
+            "beta = 0": _BETA,
+            "RLOO, 5 completions per prompt (loop.group_size)": f"{_ADVANTAGE} {_SURROGATE} {_AGGREGATION}",
+        },
     ),
     _paper("k1-reward", "reward/k1/sequence/none"),
     _paper("k1-loss", "loss/k1/token/none"),

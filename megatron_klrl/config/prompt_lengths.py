@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_klrl.config.recipe import ArithmeticKind, ArithmeticSource, JsonlSource
+from megatron_klrl.config.data import ArithmeticKind, ArithmeticSource, JsonlSource
 from megatron_klrl.errors import UserError
 
 # <|im_start|>, the word that names the kind, <|im_end|>; one token each with the embedded tokenizer, more with others.

@@ -5,21 +5,25 @@ Paths are taken relative to the directory the command is started in.
 """
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, model_validator
 
+from megatron_klrl.config.data import DataSection
+from megatron_klrl.config.fields import (
+    Count,
+    Flag,
+    Momentum,
+    NonNegativeNumber,
+    Positive,
+    PositiveNumber,
+    Section,
+    Share,
+    Text,
+)
 from megatron_klrl.kl.config import KLConfig
 
-Integer = Annotated[int, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=0)]
-Positive = Annotated[int, Field(strict=True, ge=1)]
-Flag = Annotated[bool, Field(strict=True)]
-PositiveNumber = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NonNegativeNumber = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-Momentum = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
-Text = Annotated[str, StringConstraints(min_length=1)]
-SetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+DEFAULT_MICRO_BATCH_SIZE = 16
 
 
 class Dtype(StrEnum):
@@ -51,6 +55,9 @@ class Surrogate(StrEnum):
     """Objective whose gradient is the policy gradient."""
 
     REINFORCE = "reinforce"
+    PPO_CLIP = "ppo_clip"
+    GSPO = "gspo"
+    CISPO = "cispo"
 
 
 class Aggregation(StrEnum):
@@ -59,6 +66,17 @@ class Aggregation(StrEnum):
     SEQUENCE_SUM = "sequence_sum"
     SEQUENCE_MEAN = "sequence_mean"
     TOKEN_MEAN = "token_mean"
+    CONSTANT_NORM = "constant_norm"
+
+
+class MismatchCorrection(StrEnum):
+    """What is done about the gap between the trainer's and the engine's log-probabilities."""
+
+    NONE = "none"
+    TOKEN_TRUNCATE = "token_truncate"
+    TOKEN_MASK = "token_mask"
+    SEQUENCE_TRUNCATE = "sequence_truncate"
+    SEQUENCE_MASK = "sequence_mask"
 
 
 class Engine(StrEnum):
@@ -67,18 +85,12 @@ class Engine(StrEnum):
     VLLM = "vllm"
 
 
-class ArithmeticKind(StrEnum):
-    """Family of arithmetic prompts."""
+class Recompute(StrEnum):
+    """Which activations are computed again in the backward instead of kept."""
 
-    CHAIN = "chain"
-    OP = "op"
-    REV = "rev"
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    NONE = "none"
+    ATTENTION = "attention"
+    FULL = "full"
 
 
 class ModelSection(Section):
@@ -95,10 +107,13 @@ class ParallelSection(Section):
     """Ranks each weight matrix is split over."""
     pipeline: Positive = 1
     """Stages the layers are split into."""
+    virtual_pipeline: Positive = 1
+    """Chunks of layers that each pipeline stage holds; more than 1 is the interleaved schedule: less waiting, more
+    messages. Needs pipeline > 1."""
     context: Positive = 1
     """Ranks each sequence is split over."""
     expert: Positive = 1
-    """Ranks the experts are split over."""
+    """Ranks the experts of each layer are split over; they lie inside data and context parallelism."""
     sequence: Flag = False
     """Split activations along the sequence inside a tensor group; saves memory, needs tensor > 1."""
 
@@ -106,6 +121,17 @@ class ParallelSection(Section):
     def ranks_per_replica(self) -> int:
         """Ranks that together hold one copy of the model."""
         return self.tensor * self.pipeline * self.context
+
+
+class MemorySection(Section):
+    """What is traded for memory; none of it changes a result."""
+
+    recompute: Recompute = Recompute.NONE
+    """Activations computed again in the backward: none; attention, the core attention of each layer; full, whole
+    layers, for a third more work."""
+    head_chunk_tokens: Positive | None = 1024
+    """Response tokens of a microbatch whose logits exist at the same time, in scoring and in training; none: all. A
+    loss that needs whole sequences (gspo, sequence and prefix corrections) takes at least one sequence at a time."""
 
 
 class PrecisionSection(Section):
@@ -124,9 +150,34 @@ class AlgorithmSection(Section):
     """Baseline of the reward: rloo subtracts the mean of the other completions of the same prompt; grpo the mean of all
     and divides by their deviation; dr_grpo the mean of all. The KL passes through none of them."""
     surrogate: Surrogate = Surrogate.REINFORCE
-    """Objective that is differentiated: reinforce is advantage times log-probability."""
+    """Objective that is differentiated: reinforce is advantage times log-probability; ppo_clip clips the ratio to the
+    policy before the update; gspo the ratio of whole responses; cispo only its weight. The KL passes through none."""
+    clip_low: Share | None = None
+    """Distance of the ratio's lower bound from 1; none: ppo_clip 0.2, gspo 0.0003, cispo 1 (no bound)."""
+    clip_high: PositiveNumber | None = None
+    """Distance of the ratio's upper bound from 1; none: ppo_clip 0.2, gspo 0.0004, cispo 4."""
+    dual_clip: Annotated[float, Field(strict=True, gt=1, allow_inf_nan=False)] | None = None
+    """Largest ratio of a token with a negative advantage, above 1; ppo_clip alone. none: no bound."""
     aggregation: Aggregation = Aggregation.SEQUENCE_SUM
-    """sequence_sum is the gradient of the expected reward; the means weigh tokens by response length."""
+    """sequence_sum is the gradient of the expected reward; the means weigh tokens by response length; constant_norm is
+    sequence_sum over norm_length. The entropy bonus passes through it, the KL does not."""
+    norm_length: Positive | None = None
+    """Divisor of constant_norm, in tokens; none: generation.max_tokens."""
+    entropy_bonus: NonNegativeNumber = 0.0
+    """Reward per nat of the policy's entropy at a response token, weighed by aggregation; 0 turns it off. Another
+    objective than the stated one: it pulls towards the uniform policy, the KL towards the reference."""
+
+
+class MismatchSection(Section):
+    """Weights of the policy gradient for the gap between trainer and engine; the KL has its own, kl.correction."""
+
+    correction: MismatchCorrection = MismatchCorrection.NONE
+    """With w = probability under the trainer over probability under the engine, of a token or (the product) of a
+    response: truncate takes the smaller of w and high, mask takes w inside [low, high] and 0 outside."""
+    low: NonNegativeNumber | None = None
+    """Smallest weight that is not masked; none: token_mask 0.5, sequence_mask 0."""
+    high: PositiveNumber | None = None
+    """Largest weight; none: 5 for token_mask, 2 for the others."""
 
 
 class OptimizerSection(Section):
@@ -155,6 +206,11 @@ class GenerationSection(Section):
     """Ranks one engine's weights are split over."""
     temperature: PositiveNumber = 1.0
     """Sampling temperature of training rollouts."""
+    top_p: Share = 1.0
+    """Training rollouts draw from the most probable tokens that reach this probability together; below 1 needs
+    kl.allow_biased, for the samples are then not the policy's."""
+    top_k: Positive | None = None
+    """Training rollouts draw from this many most probable tokens, on the same condition; none: from all."""
     max_tokens: Positive
     """Longest response, in tokens, end-of-sequence included."""
     max_model_len: Positive | None = None
@@ -163,6 +219,36 @@ class GenerationSection(Section):
     """Memory of the engine's key-value cache, in MiB per rank; none: the engine decides."""
     max_num_seqs: Positive = 128
     """Sequences one engine decodes at the same time."""
+    timeout_s: PositiveNumber = 600.0
+    """Longest time in sampling without a new token, in seconds; after it the run fails and says where it stood."""
+    verify_every: Count = 100
+    """Weight updates from one verification to the next: checksums of all tensors and log-probabilities of a few tokens,
+    trainer against engine. The first update is always verified; 0: it alone."""
+    sleep: Flag = False
+    """The engine gives its weights and cache back while the trainer works. Needs CUDA."""
+
+
+class WeightTransport(StrEnum):
+    """How weights move from the trainer's ranks to the engines'."""
+
+    AUTO = "auto"
+    IN_PROCESS = "in_process"
+    SHARED_MEMORY = "shared_memory"
+    CUDA_IPC = "cuda_ipc"
+    BROADCAST = "broadcast"
+    DISK = "disk"
+
+
+class WeightSyncSection(Section):
+    """How weights reach the engines after an update."""
+
+    transport: WeightTransport = WeightTransport.AUTO
+    """auto takes the quickest that works in the layout: in_process where each rank holds the model, shared_memory
+    (cuda_ipc on GPUs) on one machine, broadcast between machines; disk writes safetensors to folder."""
+    bucket_mib: Positive = 256
+    """Most MiB of whole tensors that travel together; a rank needs two buckets beside its weights."""
+    folder: Text | None = None
+    """Folder that all ranks share, for transport disk."""
 
 
 class LoopSection(Section):
@@ -180,8 +266,12 @@ class LoopSection(Section):
     """Weight versions a rollout may be behind the policy that trains on it."""
     seed: Count = 0
     """Seed of prompts and sampling; the same seed and layout repeat the run."""
-    micro_batch_size: Positive = 16
-    """Sequences of one forward pass on one rank; changes memory and speed, not the result."""
+    micro_batch_size: Positive | None = None
+    """Sequences of one forward pass on one rank, padded to the longest; 16 if tokens_per_microbatch is not given
+    either. Changes memory and speed, not the result."""
+    tokens_per_microbatch: Positive | None = None
+    """Packs sequences one after the other without padding, up to this many tokens in one forward pass on one rank; in
+    place of micro_batch_size."""
     eval_every: Count = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
     split_gradient_every: Count = 0
@@ -190,69 +280,13 @@ class LoopSection(Section):
     checkpoint_every: Count = 0
     """Steps between checkpoints; 0: only at the end."""
 
-
-def _rising(terms: tuple[int, int]) -> tuple[int, int]:
-    if terms[0] > terms[1]:
-        raise ValueError(f"the range [{terms[0]}, {terms[1]}] is empty; write the smaller number first")
-    return terms
-
-
-Terms = Annotated[
-    tuple[Annotated[int, Field(strict=True, ge=1, le=64)], Annotated[int, Field(strict=True, ge=1, le=64)]],
-    AfterValidator(_rising),
-]
-
-
-class ArithmeticSource(Section):
-    """Generated arithmetic prompts with an exact verifier."""
-
-    task: Literal["arithmetic"]
-    """Chooses generated arithmetic."""
-    kind: ArithmeticKind
-    """chain: additions and subtractions; op: maxima and minima; rev: reversal of digits."""
-    terms: Terms
-    """Fewest and most terms (digits for rev) of a prompt, both included: [lo, hi]."""
-
-
-class JsonlSource(Section):
-    """Prompts from a file, one JSON object {"prompt": ..., "answer": ...} a line."""
-
-    task: Literal["jsonl"]
-    """Chooses a file of prompts."""
-    path: Text
-    """The .jsonl file."""
-
-
-class EvalSampling(Section):
-    """What an evaluation set adds to a source."""
-
-    prompts: Positive
-    """Number of prompts."""
-    samples: Positive = 1
-    """Completions per prompt."""
-    temperature: NonNegativeNumber = 1.0
-    """Sampling temperature; 0 is greedy."""
-
-
-class ArithmeticEval(EvalSampling, ArithmeticSource):
-    """Evaluation on generated arithmetic."""
-
-
-class JsonlEval(EvalSampling, JsonlSource):
-    """Evaluation on the first prompts of a file."""
-
-
-Source = Annotated[ArithmeticSource | JsonlSource, Field(discriminator="task")]
-EvalSet = Annotated[ArithmeticEval | JsonlEval, Field(discriminator="task")]
-
-
-class DataSection(Section):
-    """Prompts of training and of evaluation."""
-
-    train: Source
-    """Training prompts: task arithmetic or jsonl and that task's keys."""
-    eval: dict[SetName, EvalSet] = Field(default_factory=dict)
-    """Evaluation sets by name; the name is part of the metric eval/<name>/accuracy."""
+    @model_validator(mode="before")
+    @classmethod
+    def _padded_by_default(cls, values: Any) -> Any:
+        keys = ("micro_batch_size", "tokens_per_microbatch")
+        if isinstance(values, dict) and all(values.get(key) is None for key in keys):
+            return {**values, "micro_batch_size": DEFAULT_MICRO_BATCH_SIZE}
+        return values
 
 
 class LaunchSection(Section):
@@ -282,14 +316,20 @@ class Recipe(Section):
     """How the trainer is split over ranks."""
     precision: PrecisionSection = Field(default_factory=PrecisionSection)
     """Number formats."""
+    memory: MemorySection = Field(default_factory=MemorySection)
+    """What is traded for memory."""
     kl: KLConfig = Field(default_factory=KLConfig)
     """The KL regularisation."""
     algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)
     """The policy gradient of the task reward."""
+    mismatch: MismatchSection = Field(default_factory=MismatchSection)
+    """Correction for the gap between trainer and engine."""
     optimizer: OptimizerSection
     """AdamW."""
     generation: GenerationSection
     """Sampling of completions."""
+    weight_sync: WeightSyncSection = Field(default_factory=WeightSyncSection)
+    """How weights reach the engines."""
     loop: LoopSection
     """Length of the run and size of a step."""
     data: DataSection

@@ -1,12 +1,18 @@
 """Rules that need more than one section, the model or the world: a function each; errors name the key to change."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from pydantic import BaseModel
+
+from megatron_klrl.config.bounds import CLIPS, WEIGHT_RANGES, Bounds, weight_range
+from megatron_klrl.config.data import ArithmeticSource, JsonlSource
 from megatron_klrl.config.model_folder import ModelShape, describe_model
 from megatron_klrl.config.presets import find_preset
 from megatron_klrl.config.prompt_lengths import count_rows, longest_prompt, longest_worked_answer
-from megatron_klrl.config.recipe import ArithmeticSource, Fp8, JsonlSource, Recipe
+from megatron_klrl.config.recipe import Aggregation, Fp8, Recipe, WeightTransport
+from megatron_klrl.config.sampling import LOWEST_TEMPERATURE, truncation
 from megatron_klrl.errors import UserError
 from megatron_klrl.kl.refusal import refusal
 
@@ -45,22 +51,43 @@ def validate(recipe: Recipe, world_size: int) -> list[str]:
     return [text for warning in WARNINGS for text in warning(plan)]
 
 
-def check_unsupported_parallelism(plan: Plan) -> None:
-    """Context and expert parallelism are not in this version."""
-    for name in ("context", "expert"):
-        size = getattr(plan.recipe.parallel, name)
-        if size > 1:
-            field = f"parallel.{name}"
-            raise UserError(
-                f"is {size}, but {name} parallelism is not in this version", field=field, fix=f"set {field}=1"
-            )
-
-
 def check_tensor(plan: Plan) -> None:
-    """Tensor parallelism splits heads and feed-forward columns evenly."""
+    """Tensor parallelism splits heads and feed-forward columns evenly; experts stay whole."""
     shape = plan.shape
-    sizes = {"attention heads": shape.heads, "key-value heads": shape.kv_heads, "feed-forward columns": shape.ffn}
+    sizes = {"attention heads": shape.heads, "key-value heads": shape.kv_heads}
+    if shape.experts is None:
+        sizes["feed-forward columns"] = shape.ffn
     _check_divides("parallel.tensor", plan.recipe.parallel.tensor, sizes)
+
+
+def check_experts(plan: Plan) -> None:
+    """Expert parallelism splits experts evenly over ranks that hold different tokens."""
+    parallel, experts = plan.recipe.parallel, plan.shape.experts
+    if experts is None:
+        if parallel.expert > 1:
+            problem = f"is {parallel.expert}, but the model has no experts"
+            raise UserError(problem, field="parallel.expert", fix="set parallel.expert=1")
+        return
+    _check_divides("parallel.expert", parallel.expert, {"experts": experts.count})
+    ranks = plan.world_size // parallel.pipeline
+    if ranks % parallel.expert:
+        problem = f"{parallel.expert} does not divide the {ranks} ranks of a pipeline stage"
+        raise UserError(problem, field="parallel.expert", fix="set it to a divisor of that number")
+    if parallel.tensor > 1 and not parallel.sequence:
+        problem = "is false, but a model with experts and parallel.tensor > 1 needs it"
+        raise UserError(problem, field="parallel.sequence", fix="set parallel.sequence=true")
+
+
+def check_weight_sync(plan: Plan) -> None:
+    """A transport fits the layout and the machine."""
+    sync, parallel = plan.recipe.weight_sync, plan.recipe.parallel
+    if sync.transport is WeightTransport.IN_PROCESS and parallel.tensor * parallel.pipeline * parallel.expert > 1:
+        problem = "is in_process, but the model is spread over several ranks"
+        raise UserError(problem, field="weight_sync.transport", fix="set weight_sync.transport=auto")
+    if (sync.transport is WeightTransport.DISK) != (sync.folder is not None):
+        problem = "and weight_sync.folder belong together: the one is set without the other"
+        fix = "set weight_sync.transport=disk and weight_sync.folder to a folder that all ranks share, or neither"
+        raise UserError(problem, field="weight_sync.transport", fix=fix)
 
 
 def check_generation_heads(plan: Plan) -> None:
@@ -77,8 +104,16 @@ def _check_divides(field: str, parts: int, sizes: dict[str, int]) -> None:
 
 
 def check_pipeline(plan: Plan) -> None:
-    """Every pipeline stage has the same number of layers."""
-    _check_divides("parallel.pipeline", plan.recipe.parallel.pipeline, {"layers": plan.shape.layers})
+    """Every pipeline stage has the same number of layers, and so has every chunk of a stage."""
+    parallel = plan.recipe.parallel
+    _check_divides("parallel.pipeline", parallel.pipeline, {"layers": plan.shape.layers})
+    if parallel.virtual_pipeline == 1:
+        return
+    if parallel.pipeline == 1:
+        fix = "set parallel.pipeline to 2 or more, or parallel.virtual_pipeline=1"
+        raise UserError("needs a pipeline to interleave", field="parallel.virtual_pipeline", fix=fix)
+    per_stage = {"layers of a stage": plan.shape.layers // parallel.pipeline}
+    _check_divides("parallel.virtual_pipeline", parallel.virtual_pipeline, per_stage)
 
 
 def check_sequence(plan: Plan) -> None:
@@ -162,6 +197,23 @@ def check_lengths(plan: Plan) -> None:
             raise UserError(problem, field="generation.max_tokens", fix=fix)
 
 
+def check_microbatch(plan: Plan) -> None:
+    """Rows are padded or packed, and the longest fits into a pack."""
+    loop, limit = plan.recipe.loop, plan.recipe.generation.max_tokens
+    if loop.tokens_per_microbatch is None:
+        return
+    field = "loop.tokens_per_microbatch"
+    if loop.micro_batch_size is not None:
+        problem = "packs sequences, loop.micro_batch_size pads them; both are given"
+        raise UserError(problem, field=field, fix="set loop.micro_batch_size=null, or loop.tokens_per_microbatch=null")
+    parallel = plan.recipe.parallel
+    step = 2 * parallel.context if parallel.context > 1 else 1
+    needed = -(-(longest_prompt(plan.recipe.data.train) + limit) // step) * step
+    if loop.tokens_per_microbatch < needed:
+        problem = f"is {loop.tokens_per_microbatch}, but one sequence of data.train can take {needed} tokens"
+        raise UserError(problem, field=field, fix=f"set it to {needed} or more")
+
+
 def check_greedy_samples(plan: Plan) -> None:
     """Greedy decoding has one completion per prompt."""
     for name, evaluation in plan.recipe.data.eval.items():
@@ -169,6 +221,33 @@ def check_greedy_samples(plan: Plan) -> None:
             field = f"data.eval.{name}.samples"
             problem = f"is {evaluation.samples}, but at temperature 0 all completions of a prompt are the same"
             raise UserError(problem, field=field, fix=f"set {field}=1, or a temperature above 0")
+
+
+def check_temperature(plan: Plan) -> None:
+    """The engine samples at the temperature that the trainer divides by."""
+    temperatures = {"generation.temperature": plan.recipe.generation.temperature}
+    temperatures |= {f"data.eval.{name}.temperature": one.temperature for name, one in plan.recipe.data.eval.items()}
+    for field, value in temperatures.items():
+        if 0 < value < LOWEST_TEMPERATURE:
+            problem = f"is {value:g}, but vLLM samples at {LOWEST_TEMPERATURE:g} at the lowest"
+            raise UserError(problem, field=field, fix=f"set it to {LOWEST_TEMPERATURE:g} or more")
+
+
+def check_truncation(plan: Plan) -> None:
+    """Training rollouts are samples of the policy, unless the user takes the bias knowingly."""
+    generation = plan.recipe.generation
+    reason = None if plan.recipe.kl.allow_biased else truncation(generation)
+    if reason is not None:
+        field = "generation.top_p" if generation.top_p < 1 else "generation.top_k"
+        fix = "set generation.top_p=1.0 generation.top_k=null, or kl.allow_biased=true to run it all the same"
+        raise UserError(reason, field=field, fix=fix)
+
+
+def check_sleep(recipe: Recipe, *, gpus: int) -> None:
+    """Only a GPU's memory is given back: vLLM ignores the request on CPU."""
+    if recipe.generation.sleep and gpus == 0:
+        problem = "is true, but there is no GPU whose memory the engine could give back"
+        raise UserError(problem, field="generation.sleep", fix="set generation.sleep=false")
 
 
 def check_kl(plan: Plan) -> None:
@@ -184,12 +263,49 @@ def check_kl(plan: Plan) -> None:
         raise UserError(refused.reason.removeprefix("kl "), field="kl", fix=fix)
 
 
+def check_surrogate(plan: Plan) -> None:
+    """No bound stands beside a surrogate that does not have it, nor a divisor beside an aggregation that does not."""
+    algorithm = plan.recipe.algorithm
+    _check_taken("algorithm", algorithm, choice="surrogate", bounds=CLIPS)
+    if algorithm.norm_length is not None and algorithm.aggregation is not Aggregation.CONSTANT_NORM:
+        problem = f"is {algorithm.norm_length}, but aggregation {algorithm.aggregation} has no divisor"
+        fix = "set algorithm.norm_length=null, or algorithm.aggregation=constant_norm"
+        raise UserError(problem, field="algorithm.norm_length", fix=fix)
+
+
+def check_mismatch(plan: Plan) -> None:
+    """The correction takes the bounds that are set, and they leave something between them."""
+    mismatch = plan.recipe.mismatch
+    _check_taken("mismatch", mismatch, choice="correction", bounds=WEIGHT_RANGES)
+    bounds = weight_range(mismatch)
+    low, high = bounds.get("low"), bounds.get("high")
+    if low is not None and high is not None and low >= high:
+        field = "mismatch.high" if mismatch.low is None else "mismatch.low"
+        fix = f"set mismatch.low below {high:g}, or mismatch.high above {low:g}"
+        raise UserError(f"the range [{low:g}, {high:g}] keeps nothing", field=field, fix=fix)
+
+
+def _check_taken(section: str, settings: BaseModel, *, choice: str, bounds: Mapping[Any, Bounds]) -> None:
+    chosen = getattr(settings, choice)
+    for name in dict.fromkeys(name for taken in bounds.values() for name in taken):
+        value = getattr(settings, name)
+        if value is None or name in bounds[chosen]:
+            continue
+        takers = " or ".join(other for other, taken in bounds.items() if name in taken)
+        problem = f"is {value:g}, but {choice} {chosen} has no such bound"
+        fix = f"set {section}.{name}=null, or {section}.{choice} to {takers}"
+        raise UserError(problem, field=f"{section}.{name}", fix=fix)
+
+
 def warn_biased(plan: Plan) -> Iterator[str]:
     """A bias that was allowed is still said."""
     kl = plan.recipe.kl
     refused = refusal(kl, on_policy=True) if kl.allow_biased else None
     if refused is not None:
         yield f"kl.allow_biased: {refused.reason}"
+    truncated = truncation(plan.recipe.generation) if kl.allow_biased else None
+    if truncated is not None:
+        yield f"kl.allow_biased: {truncated}"
 
 
 def warn_preset_beta(plan: Plan) -> Iterator[str]:
@@ -220,19 +336,25 @@ def sources(recipe: Recipe) -> Iterator[tuple[str, ArithmeticSource | JsonlSourc
 
 
 RULES: tuple[Callable[[Plan], None], ...] = (
-    check_unsupported_parallelism,
     check_tensor,
+    check_experts,
     check_pipeline,
     check_sequence,
     check_world,
     check_generation_heads,
     check_generation_world,
+    check_weight_sync,
     check_fp8,
     check_on_policy,
     check_group_size,
     check_files,
     check_lengths,
+    check_microbatch,
     check_greedy_samples,
+    check_temperature,
+    check_truncation,
+    check_surrogate,
+    check_mismatch,
     check_kl,
 )
 WARNINGS: tuple[Callable[[Plan], Iterator[str]], ...] = (warn_biased, warn_preset_beta, warn_cut_answers)

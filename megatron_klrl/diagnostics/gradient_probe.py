@@ -109,7 +109,7 @@ class GradientProbe:
             _kl_away(away, START_TOLERANCE[self._recipe.precision.dtype]),
             _gradient_away(gradient),
             _linear(gradient),
-            self._descent(before, after, tangent=eta * slopes),
+            descent_check(before.full_kl, after.full_kl, tangent=eta * slopes, group_size=self._recipe.loop.group_size),
         )
         return Report(subject=f"KL term: {kl_text(self._recipe)}", facts=self._facts(), checks=checks)
 
@@ -162,9 +162,7 @@ class GradientProbe:
     def _take_gradient(self, found: _Scored, recipe: Recipe, *, rows: slice = slice(None)) -> float:
         """Leave the gradient of the KL term alone, on some rows, in the trainer; its norm."""
         batch = assemble(found.batch, found.scores, recipe).rows(rows)
-        self._parts.trainer.forward_backward(
-            *kl_part(batch, policy_loss(recipe, batch.num_rows)), keep_whole_gradient=True
-        )
+        self._parts.trainer.forward_backward(*kl_part(batch, policy_loss(recipe, batch)), keep_whole_gradient=True)
         return _norm(gradient for _, gradient in self._parts.trainer.export_gradients())
 
     def _gradient(self, found: _Scored) -> _Gradient:
@@ -200,25 +198,35 @@ class GradientProbe:
             slopes.append(sum(float((a.double() * b.double()).sum()) for (_, a), (_, b) in pairs) / kl.beta)
         return torch.tensor(slopes, dtype=torch.float64)
 
-    def _descent(self, before: _Scored, after: _Scored, *, tangent: Tensor) -> Check:
-        decrease, sampling = paired_decrease(before.full_kl, after.full_kl, group_size=self._recipe.loop.group_size)
-        of_gradient = float(tangent.std() / tangent.numel() ** 0.5)
-        error = math.hypot(sampling, of_gradient)
-        return Check(
-            name="exact KL falls along the negative gradient",
-            found=f"{before.mean:.4f} -> {after.mean:.4f} nats, less by {decrease:.4f} +- {error:.4f}",
-            wanted=f"less by > {STANDARD_ERRORS:g} standard errors",
-            verdict=verdict(decrease > STANDARD_ERRORS * error),
-            numbers={
-                "before": before.mean,
-                "after": after.mean,
-                "decrease": decrease,
-                "standard_error": error,
-                "standard_error_of_sampling": sampling,
-                "standard_error_of_gradient": of_gradient,
-                "decrease_along_tangent": float(tangent.mean()),
-            },
-        )
+
+def descent_check(before: Tensor, after: Tensor, *, tangent: Tensor, group_size: int) -> Check:
+    """Whether the expected gradient lowers the exact KL.
+
+    Args:
+        before: ``[B]`` exact KL of sequences sampled before the step, nats, completions of a prompt next to each other.
+        after: ``[B]`` of sequences sampled after it, from the same prompts and seeds.
+        tangent: ``[batches]`` first-order decrease that the step would bring along each batch's own gradient, nats.
+        group_size: completions of each prompt.
+    """
+    decrease, sampling = paired_decrease(before, after, group_size=group_size)
+    of_gradient = float(tangent.double().std() / tangent.numel() ** 0.5)
+    error = math.hypot(sampling, of_gradient)
+    start, end = float(before.mean()), float(after.mean())
+    return Check(
+        name="exact KL falls along the negative gradient",
+        found=f"{start:.4f} -> {end:.4f} nats, less by {decrease:.4f} +- {error:.4f}",
+        wanted=f"less by > {STANDARD_ERRORS:g} standard errors",
+        verdict=verdict(decrease > STANDARD_ERRORS * error),
+        numbers={
+            "before": start,
+            "after": end,
+            "decrease": decrease,
+            "standard_error": error,
+            "standard_error_of_sampling": sampling,
+            "standard_error_of_gradient": of_gradient,
+            "decrease_along_tangent": float(tangent.mean()),
+        },
+    )
 
 
 def paired_decrease(before: Tensor, after: Tensor, *, group_size: int) -> tuple[float, float]:

@@ -151,6 +151,12 @@ def roll_back_reload(model: Any) -> None:
         internals.LOADING_LAYERS.clear()
 
 
+def blank_caches(runner: Any) -> None:
+    """Zero the key-value cache: NaN in a block outlives the weights, for attention multiplies it by 0, which is NaN."""
+    for cache in runner.kv_caches:
+        cache.zero_()
+
+
 def repack_tied_head(model: Any) -> None:
     """Pack a tied output layer again after a reload.
 

@@ -34,7 +34,8 @@ def decide_ranks(recipe: Recipe, *, gpus: int) -> int:
     """
     if recipe.launch.ranks is not None:
         return recipe.launch.ranks
-    return gpus or math.lcm(recipe.parallel.ranks_per_replica, recipe.generation.tensor)
+    parallel = recipe.parallel
+    return gpus or math.lcm(parallel.ranks_per_replica, parallel.pipeline * parallel.expert, recipe.generation.tensor)
 
 
 def _cpu_build() -> bool:

@@ -19,16 +19,28 @@ from megatron_klrl.tasks.task import Task
 class Update(Protocol):
     """What an optimizer step reports."""
 
-    grad_norm: float
-    lr: float
+    @property
+    def grad_norm(self) -> float: ...
+    @property
+    def lr(self) -> float: ...
 
 
-class Split(Protocol):
-    """The parts of a gradient."""
+class LossReport(Protocol):
+    """The loss of an update, and what it counts beside its value, by metric name."""
 
-    loss: float
-    kl_norm: float
-    cosine: float
+    @property
+    def loss(self) -> float: ...
+    @property
+    def metrics(self) -> dict[str, float]: ...
+
+
+class Split(LossReport, Protocol):
+    """The parts of a gradient, too."""
+
+    @property
+    def kl_norm(self) -> float: ...
+    @property
+    def cosine(self) -> float: ...
 
 
 class TrainEngine(Protocol):
@@ -40,8 +52,8 @@ class TrainEngine(Protocol):
         """Forward passes of policy and reference, without gradient."""
         ...
 
-    def forward_backward(self, batch: TrainBatch, loss: PolicyLoss, *, keep_whole_gradient: bool = False) -> float:
-        """Take the gradient of the whole batch; its loss. Kept whole, the gradient can be exported."""
+    def forward_backward(self, batch: TrainBatch, loss: PolicyLoss, *, keep_whole_gradient: bool = False) -> LossReport:
+        """Take the gradient of the whole batch. Kept whole, the gradient can be exported."""
         ...
 
     def split_gradient(self, batch: TrainBatch, loss: PolicyLoss) -> Split:
@@ -54,6 +66,14 @@ class TrainEngine(Protocol):
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face-named full tensors, streamed to every rank."""
+        ...
+
+    def weight_checksums(self) -> dict[str, str]:
+        """Of the weights by Hugging Face name, taken where they lie; ``weight_sync.checksum`` says of what."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is shared with other ranks; collective."""
         ...
 
     def keep_gradient(self) -> dict[str, Tensor]:
@@ -110,3 +130,8 @@ class Parts:
     evaluation: Mapping[str, EvalTask]
     stop_ids: tuple[int, ...]
     timers: Timers
+
+    def close(self) -> None:
+        """Give the engines' memory back; collective."""
+        self.engine.close()
+        self.trainer.close()

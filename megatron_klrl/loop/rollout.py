@@ -36,6 +36,8 @@ def rollouts(
     samples: int,
     temperature: float,
     purpose: tuple[int | str, ...],
+    top_p: float = 1.0,
+    top_k: int | None = None,
 ) -> Rollouts:
     """Sample and verify ``samples`` completions of every prompt.
 
@@ -46,6 +48,8 @@ def rollouts(
         samples: completions of each prompt.
         temperature: 0 is greedy.
         purpose: names this use, so that its seeds are its own; for training it holds the step.
+        top_p: as in ``Sampling``.
+        top_k: as in ``Sampling``.
     """
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     requests = [
@@ -55,7 +59,13 @@ def rollouts(
         )
         for position, prompt in enumerate(repeated)
     ]
-    sampling = Sampling(temperature=temperature, max_tokens=parts.recipe.generation.max_tokens, stop_ids=parts.stop_ids)
+    sampling = Sampling(
+        temperature=temperature,
+        max_tokens=parts.recipe.generation.max_tokens,
+        stop_ids=parts.stop_ids,
+        top_p=top_p,
+        top_k=top_k,
+    )
     completions = sample_everywhere(
         parts.engine, requests, sampling, world=parts.world, engine_ranks=parts.recipe.generation.tensor
     )

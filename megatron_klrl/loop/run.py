@@ -13,6 +13,7 @@ from megatron_klrl.loop.evaluation import evaluate
 from megatron_klrl.loop.export import write_hf_folder
 from megatron_klrl.loop.parts import Parts
 from megatron_klrl.loop.record import RunRecord, point_text
+from megatron_klrl.loop.refit import due, refit
 from megatron_klrl.loop.rollout import Rollouts, collate, rollouts
 from megatron_klrl.loop.samples import records
 from megatron_klrl.loop.step import train_on
@@ -27,7 +28,8 @@ _SAMPLES_KEPT = 8
 class Run:
     """One training run on this rank; every rank runs the same code, rank 0 also keeps the record.
 
-    Order of a step: sample, verify, score, update, push weights; then evaluate and checkpoint where due.
+    Order of a step (docs/guide/one-step.md): sample, verify, score, update, push weights; then evaluate and checkpoint
+    where due.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Run:
         self.parts, self.run_dir, self._console = parts, run_dir, console
         self._tokenizer, self._source, self._facts = tokenizer, source, facts
         self.state = self._restore() if resume else RunState(step=0, weight_version=0)
+        self._has_refitted = resume
         self.record = None
         if parts.world.is_main:
             self.record = RunRecord(run_dir, first_step=self.state.step, console=console)
@@ -65,7 +68,7 @@ class Run:
         state = checkpoints.read_state(folder)
         self.parts.trainer.load(folder)
         self.parts.trainer.step = state.step
-        self.parts.engine.update_weights(self.parts.trainer.export_weights(), version=state.weight_version)
+        refit(self.parts, version=state.weight_version, verify=True)
         self._console.say(f"  resumed from {folder} at step {state.step}")
         return state
 
@@ -100,6 +103,7 @@ class Run:
         with timers.span("step"):
             with timers.span("generate"):
                 found = self._rollouts(step)
+            parts.engine.sleep()
             batch = collate(found, device=parts.world.device)
             values = step_metrics.of_rollouts(batch, weight_version=self.state.weight_version)
             every = parts.recipe.loop.split_gradient_every
@@ -107,13 +111,15 @@ class Run:
             metrics, scores = train_on(batch, parts, split_gradient=split)
             with timers.span("sync"):
                 version = self.state.weight_version + 1
-                parts.engine.update_weights(parts.trainer.export_weights(), version=version)
+                first = not self._has_refitted
+                verified = refit(parts, version=version, verify=due(parts.recipe, version=version, first=first))
+                self._has_refitted = True
         self.state = replace(self.state, step=step, weight_version=version)
         if self.record:
             self.record.samples(step, records(found, batch, scores, self._tokenizer, count=_SAMPLES_KEPT))
         times = timers.take()
         tokens = float(batch.lengths.sum())
-        values |= metrics | times
+        values |= metrics | verified | times
         values["throughput/tokens_per_s"] = tokens / times["time/step_s"]
         values["memory/peak_gib"] = peak_gib()
         if "kl/exact" in values:
@@ -130,6 +136,8 @@ class Run:
             samples=recipe.loop.group_size,
             temperature=recipe.generation.temperature,
             purpose=("rollout", step),
+            top_p=recipe.generation.top_p,
+            top_k=recipe.generation.top_k,
         )
 
     def checkpoint(self) -> Path:

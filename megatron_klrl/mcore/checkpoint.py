@@ -1,38 +1,54 @@
 """Model and optimizer on disk, through Megatron's distributed checkpoints: loadable in another layout."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 
 from megatron_klrl.errors import UserError
-from megatron_klrl.mcore.compat import torch_adam_finish_load, torch_adam_prepare_load
+from megatron_klrl.mcore.compat import keep_bucket_padding, torch_adam_finish_load, torch_adam_prepare_load
 from megatron_klrl.mcore.groups import ProcessGroups
 from megatron_klrl.mcore.model import unwrap
 
+_APART = 1
+"""Key of the experts' optimizer state, which Megatron keeps apart where experts are split over ranks."""
 
-def save(folder: Path, model: Any, optimizer: Any, *, groups: ProcessGroups) -> None:
+
+def save(folder: Path, chunks: Sequence[Any], optimizer: Any, *, groups: ProcessGroups) -> None:
     """Write this job's model and optimizer; collective. The folder must exist and be empty."""
-    dist_checkpointing.save(_sharded(model, optimizer, groups, is_loading=False), str(folder))
+    dist_checkpointing.save(_sharded(chunks, optimizer, groups, is_loading=False), str(folder))
 
 
-def load(folder: Path, model: Any, optimizer: Any, *, groups: ProcessGroups) -> None:
+def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, groups: ProcessGroups) -> None:
     """Fill model and optimizer from a checkpoint of any layout; collective.
 
     Raises:
         UserError: the folder is not a checkpoint of this model.
     """
     torch_adam_prepare_load(optimizer)
-    loaded = _read(folder, _sharded(model, optimizer, groups, is_loading=True))
-    unwrap(model).load_state_dict(loaded["model"])
+    wanted = _sharded(chunks, optimizer, groups, is_loading=True)
+    loaded = _read(folder, wanted)
+    if (_APART in loaded["optimizer"]) != (_APART in wanted["optimizer"]):
+        was, now = ("several ranks", "one") if _APART in loaded["optimizer"] else ("one rank", "several")
+        raise UserError(
+            f"{folder} was written with all experts of a layer on {was}, this layout has them on {now}",
+            field="parallel.expert",
+            fix="resume with an expert parallelism of the same kind (1, or more than 1); klrl export reads either",
+        )
+    _fill(chunks, loaded)
     optimizer.load_state_dict(loaded["optimizer"])
     torch_adam_finish_load(optimizer)
 
 
-def load_model(folder: Path, model: Any, *, groups: ProcessGroups) -> None:
+def load_model(folder: Path, chunks: Sequence[Any], *, groups: ProcessGroups) -> None:
     """Fill a model alone."""
-    loaded = _read(folder, {"model": unwrap(model).sharded_state_dict(metadata=_metadata(groups))})
-    unwrap(model).load_state_dict(loaded["model"])
+    _fill(chunks, _read(folder, _sharded_chunks(chunks, groups)))
+
+
+def _fill(chunks: Sequence[Any], loaded: dict[str, Any]) -> None:
+    for name, chunk in _named(chunks):
+        unwrap(chunk).load_state_dict(loaded[name])
 
 
 def _read(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -47,12 +63,22 @@ def _read(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def _sharded(model: Any, optimizer: Any, groups: ProcessGroups, *, is_loading: bool) -> dict[str, Any]:
-    metadata = _metadata(groups)
-    tensors = unwrap(model).sharded_state_dict(metadata=metadata)
+def _named(chunks: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Chunks of an interleaved pipeline are told apart by their place in the state, not by the names of tensors."""
+    return [("model" if len(chunks) == 1 else f"model{number}", chunk) for number, chunk in enumerate(chunks)]
+
+
+def _sharded_chunks(chunks: Sequence[Any], groups: ProcessGroups) -> dict[str, Any]:
+    return {name: unwrap(chunk).sharded_state_dict(metadata=_metadata(groups)) for name, chunk in _named(chunks)}
+
+
+def _sharded(chunks: Sequence[Any], optimizer: Any, groups: ProcessGroups, *, is_loading: bool) -> dict[str, Any]:
+    keep_bucket_padding(optimizer)
+    tensors = _sharded_chunks(chunks, groups)
+    whole = tensors["model"] if len(chunks) == 1 else tensors
     return {
-        "model": tensors,
-        "optimizer": optimizer.sharded_state_dict(tensors, is_loading=is_loading, metadata=metadata),
+        **tensors,
+        "optimizer": optimizer.sharded_state_dict(whole, is_loading=is_loading, metadata=_metadata(groups)),
     }
 
 

@@ -1,8 +1,8 @@
 """Everything that Megatron-Core 0.19 needs beyond configuration flags, and nothing else.
 
 Two parts. ``run_on_cpu`` lets unmodified Megatron classes run without CUDA; it does nothing where CUDA is available.
-The ``torch_adam_*`` functions work around two upstream bugs that show wherever neither Transformer Engine nor Apex
-provides Adam, on any device; each names the upstream cause and the condition under which it can go.
+The other functions work around upstream bugs that show on any device (``torch_adam_*``: wherever neither Transformer
+Engine nor Apex provides Adam); each names the upstream cause and the condition under which it can go.
 """
 
 from collections.abc import Callable, Iterator
@@ -128,6 +128,38 @@ def torch_adam_finish_load(optimizer: Any) -> None:
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+def keep_bucket_padding(optimizer: Any) -> None:
+    """Let the distributed optimizer write the state of every parameter from where it lies.
+
+    Upstream cause (megatron-core 0.19.2, distrib_optimizer.py): ``get_parameter_state_dp_zero`` leaves out the padding
+    at the end of each gradient bucket, and ``sharded_param_state_fully_reshardable`` cuts its result at places that
+    count it. Every parameter behind the first padded bucket is saved shifted, without an error: a tied model's last
+    pipeline stage, or any model whose buckets do not come out even over the data-parallel ranks.
+    Can go when ``tests/mcore/test_compat.py::test_state_behind_a_padded_bucket_is_saved_in_place`` passes without it.
+    """
+    for part in _parts(optimizer):
+        if not hasattr(part, "get_parameter_state_dp_zero") or "get_parameter_state_dp_zero" in vars(part):
+            continue
+        original = part.get_parameter_state_dp_zero
+        part.get_parameter_state_dp_zero = lambda *args, _part=part, _get=original, **kwargs: _with_padding(
+            _part.buffers, _get(*args, **kwargs)
+        )
+
+
+def _with_padding(buffers: Any, state: dict | None) -> dict | None:
+    if state is None:  # this rank writes nothing
+        return None
+    for number, buffer in enumerate(buffers):
+        sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+        padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+        for tensors in state[number].values():
+            for key, whole in tensors.items():
+                if isinstance(whole, torch.Tensor):
+                    parts = zip(whole.split(sizes), padding, strict=True)
+                    tensors[key] = torch.cat([torch.nn.functional.pad(part, (0, pad)) for part, pad in parts])
+    return state
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """Hugging Face folder in, Hugging Face tensors out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 from megatron_klrl.config.model_folder import ModelShape
 from megatron_klrl.errors import UserError
 from megatron_klrl.mcore import layout
+from megatron_klrl.mcore.blocks import blocks
 from megatron_klrl.mcore.groups import ProcessGroups
+from megatron_klrl.weight_sync.plan import Bucket, Share, Whole, buckets
 
 
 class _Folder:
@@ -37,19 +39,26 @@ class _Folder:
             return tensors.get_tensor(name)
 
 
-def local_parameters(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters under their global names: layers count from the first stage, whatever stage holds them."""
-    offset = get_transformer_layer_offset(model.config)
-    for name, parameter in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            _, _, number, rest = name.split(".", 3)
-            yield f"decoder.layers.{int(number) + offset}.{rest}", parameter
-        else:
-            yield name, parameter
+def local_parameters(chunks: Sequence[GPTModel], *, groups: ProcessGroups) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters under their global names: layers and experts count over the whole model."""
+    for number, chunk in enumerate(chunks):
+        offset = get_transformer_layer_offset(chunk.config, number if groups.virtual > 1 else None)
+        experts = (chunk.config.num_moe_experts or 0) // groups.ep.size() * groups.ep.rank()
+        for name, parameter in chunk.named_parameters():
+            yield _shifted(_shifted(name, "decoder.layers.", offset), ".local_experts.", experts), parameter
+
+
+def _shifted(name: str, before: str, offset: int) -> str:
+    """A name with ``offset`` added to the number that follows ``before``, where there is one."""
+    head, found, tail = name.partition(before)
+    if not found:
+        return name
+    number, _, rest = tail.partition(".")
+    return f"{head}{before}{int(number) + offset}.{rest}"
 
 
 @torch.no_grad()
-def load_hf(model: GPTModel, path: Path, *, shape: ModelShape, groups: ProcessGroups) -> None:
+def load_hf(chunks: Sequence[GPTModel], path: Path, *, shape: ModelShape, groups: ProcessGroups) -> None:
     """Fill this rank's parameters from a Hugging Face folder.
 
     Raises:
@@ -57,62 +66,118 @@ def load_hf(model: GPTModel, path: Path, *, shape: ModelShape, groups: ProcessGr
     """
     folder = _Folder(path)
     by_name = {p.name: p for p in layout.parameters(shape)}
-    for name, target in local_parameters(model):
+    for name, target in local_parameters(chunks, groups=groups):
         # the last stage of a tied model holds a copy of the embedding under the head's name
         source = by_name[layout.EMBEDDING if name == layout.HEAD and shape.tied else name]
-        full = layout.join(source, [folder.read(hf) for hf in source.hf], shape)
-        if tuple(full.shape) != layout.full_size(source, shape):
-            expected = layout.full_size(source, shape)
-            raise UserError(
-                f"{path}: {' + '.join(source.hf)} is {tuple(full.shape)}, config.json says {expected}",
-                field="model.path",
-                fix="use the config.json that belongs to these weights",
-            )
-        target.copy_(layout.cut(source, full, groups.tp.rank(), groups.tp.size()))
+        read = {hf: folder.read(hf) for hf in source.hf}
+        for hf, size in zip(source.hf, layout.hf_sizes(source, shape), strict=True):
+            if tuple(read[hf].shape) != size:
+                raise UserError(
+                    f"{path}: {hf} is {tuple(read[hf].shape)}, config.json says {size}",
+                    field="model.path",
+                    fix="use the config.json that belongs to these weights",
+                )
+        fill(target, source, read, shape=shape, groups=groups)
 
 
 @torch.no_grad()
-def export_hf(
-    model: GPTModel,
+def fill(
+    target: torch.nn.Parameter,
+    source: layout.Parameter,
+    tensors: Mapping[str, Tensor],
     *,
     shape: ModelShape,
     groups: ProcessGroups,
-    value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.detach(),
-) -> Iterator[tuple[str, Tensor]]:
-    """Stream the whole model under Hugging Face names, one full parameter at a time, to every rank.
+) -> None:
+    """Copy this rank's part of a parameter out of whole Hugging Face tensors; padding of the vocabulary is zero."""
+    if source.cut is layout.Cut.VOCAB_ROWS:
+        target.zero_()
+    for block in blocks(source, shape, rank=groups.tp.rank(), ranks=groups.tp.size()):
+        block.of_part(target).copy_(block.of_whole(tensors[block.name]))
 
-    Collective: every rank of the model must consume the iterator to its end, in step with the others.
+
+def parts_by_name(
+    chunks: Sequence[GPTModel],
+    *,
+    groups: ProcessGroups,
+    value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.detach(),
+) -> dict[str, Tensor]:
+    """This rank's parts under their global names.
 
     Args:
-        model: this rank's part.
+        chunks: this rank's part of the model.
+        groups: the layout.
+        value: what to take of a parameter; its gradient, for example.
+    """
+    return {name: value(parameter) for name, parameter in local_parameters(chunks, groups=groups)}
+
+
+def plan(
+    shape: ModelShape, *, groups: ProcessGroups, exchange: dist.ProcessGroup, max_numel: int
+) -> tuple[Bucket, ...]:
+    """Where every Hugging Face tensor comes from in this layout; collective, made once.
+
+    Args:
         shape: of the whole model.
         groups: the layout.
-        value: what to export of a parameter; its gradient, for example.
+        exchange: ranks that together hold the model, once or several times over.
+        max_numel: most elements of a bucket.
     """
-    mine = dict(local_parameters(model))
-    device = next(iter(mine.values())).device
-    for parameter in layout.parameters(shape):
-        owner = _owner(parameter, shape, groups)
-        if groups.pp.rank() == owner:
-            full = layout.uncut(parameter, _all_gather(value(mine[parameter.name]), groups.tp), shape).contiguous()
-        else:
-            dtype = value(next(iter(mine.values()))).dtype
-            full = torch.empty(layout.full_size(parameter, shape), dtype=dtype, device=device)
-        if groups.pp.size() > 1:
-            dist.broadcast(full, src=dist.get_global_rank(groups.pp, owner), group=groups.pp)
-        yield from zip(parameter.hf, layout.split(parameter, full, shape), strict=True)
+    mine = (groups.pp.rank(), groups.tp.rank(), groups.ep.rank())
+    places: list[tuple[int, int, int]] = [mine] * exchange.size()
+    dist.all_gather_object(places, mine, group=exchange)
+    # where several ranks hold the same, the first of them gives it
+    holders = {place: number for number, place in reversed(list(enumerate(places)))}
+    tensors = (
+        tensor for parameter in layout.parameters(shape) for tensor in _wholes(parameter, shape, groups, holders)
+    )
+    return buckets(tensors, max_numel=max_numel)
 
 
-def _owner(parameter: layout.Parameter, shape: ModelShape, groups: ProcessGroups) -> int:
-    """Pipeline stage that holds a parameter; layers are divided evenly (checked in config/validate.py)."""
+def _wholes(
+    parameter: layout.Parameter, shape: ModelShape, groups: ProcessGroups, holders: Mapping[tuple[int, int, int], int]
+) -> Iterator[Whole]:
+    stage, expert_rank = _stage(parameter, shape, groups), _expert_rank(parameter, shape, groups)
+    ranks = 1 if parameter.cut is layout.Cut.WHOLE else groups.tp.size()
+    shares: dict[str, list[Share]] = {name: [] for name in parameter.hf}
+    for rank in range(ranks):
+        holder = _holder(holders, stage=stage, tensor_rank=rank, expert_rank=expert_rank, parameter=parameter)
+        for block in blocks(parameter, shape, rank=rank, ranks=ranks):
+            shares[block.name].append(Share(holder=holder, part=parameter.name, block=block))
+    # all experts of a layer are one module of an engine
+    module = parameter.name if parameter.expert is None else f"decoder.layers.{parameter.layer}.mlp.experts"
+    for name, size in zip(parameter.hf, layout.hf_sizes(parameter, shape), strict=True):
+        yield Whole(name=name, size=size, module=module, shares=tuple(shares[name]))
+
+
+def _holder(
+    holders: Mapping[tuple[int, int, int], int],
+    *,
+    stage: int,
+    tensor_rank: int,
+    expert_rank: int,
+    parameter: layout.Parameter,
+) -> int:
+    """First rank of that stage with that part; what is no expert lies on every expert rank, an expert on any of tp."""
+    for (pp, tp, ep), number in sorted(holders.items(), key=lambda item: item[1]):
+        right_part = ep == expert_rank if parameter.expert is not None else tp == tensor_rank
+        if pp == stage and right_part:
+            return number
+    raise ValueError(f"no rank of the group holds {parameter.name}")
+
+
+def _stage(parameter: layout.Parameter, shape: ModelShape, groups: ProcessGroups) -> int:
+    """Pipeline stage that holds a parameter; layers are divided evenly (checked in config/validate.py).
+
+    Chunks take layers in turn: with two stages of two chunks, layers 0-1 lie on stage 0, 2-3 on 1, 4-5 on 0 again.
+    """
     if parameter.layer is not None:
-        return parameter.layer // (shape.layers // groups.pp.size())
+        return parameter.layer // (shape.layers // (groups.pp.size() * groups.virtual)) % groups.pp.size()
     return 0 if parameter.name == layout.EMBEDDING else groups.pp.size() - 1
 
 
-def _all_gather(local: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    if group.size() == 1:
-        return [local]
-    parts = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(parts, local.contiguous(), group=group)
-    return parts
+def _expert_rank(parameter: layout.Parameter, shape: ModelShape, groups: ProcessGroups) -> int:
+    """Rank of the expert-parallel group that holds a parameter; 0 outside experts."""
+    if parameter.expert is None or shape.experts is None:
+        return 0
+    return parameter.expert // (shape.experts.count // groups.ep.size())

@@ -1,14 +1,10 @@
 """Which Hugging Face tensors make each Megatron parameter, and how it is cut over the tensor-parallel ranks.
 
-Pure: tensors in, tensors out; no process groups. Covers the dense Llama, Qwen2 and Qwen3 families.
+Names and sizes alone; blocks.py says what lies where. Covers Llama, Qwen2, Qwen3 and Qwen3 with experts.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-
-import torch
-from torch import Tensor
 
 from megatron_klrl.config.model_folder import ModelShape
 
@@ -41,6 +37,7 @@ class Parameter:
         cut: over tensor-parallel ranks.
         join: from Hugging Face tensors.
         layer: global layer number, or None for embedding (first stage) and head or final norm (last stage).
+        expert: global number of the expert it belongs to; None outside experts.
     """
 
     name: str
@@ -48,6 +45,7 @@ class Parameter:
     cut: Cut
     join: Join
     layer: int | None = None
+    expert: int | None = None
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -83,14 +81,35 @@ def _layer(shape: ModelShape, layer: int) -> list[Parameter]:
             _single(f"{name}self_attention.{x}_layernorm.weight", f"{hf}self_attn.{x}_norm.weight", Cut.WHOLE, layer)
             for x in "qk"
         ]
-    gate_up = (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight")
     found += [
         _single(f"{name}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight", Cut.COLUMNS, layer),
         _single(f"{name}pre_mlp_layernorm.weight", f"{hf}post_attention_layernorm.weight", Cut.WHOLE, layer),
-        Parameter(name=f"{name}mlp.linear_fc1.weight", hf=gate_up, cut=Cut.GATED_ROWS, join=Join.GATE_UP, layer=layer),
-        _single(f"{name}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", Cut.COLUMNS, layer),
     ]
+    if shape.experts is None:
+        return found + _feed_forward(f"{name}mlp.", f"{hf}mlp.", layer)
+    found.append(_single(f"{name}mlp.router.weight", f"{hf}mlp.gate.weight", Cut.WHOLE, layer))
+    for expert in range(shape.experts.count):
+        found += _feed_forward(
+            f"{name}mlp.experts.local_experts.{expert}.", f"{hf}mlp.experts.{expert}.", layer, expert=expert
+        )
     return found
+
+
+def _feed_forward(name: str, hf: str, layer: int, *, expert: int | None = None) -> list[Parameter]:
+    """A gated block; an expert is whole on its rank, since expert-tensor parallelism is 1."""
+    gate_up = (f"{hf}gate_proj.weight", f"{hf}up_proj.weight")
+    rows, columns = (Cut.GATED_ROWS, Cut.COLUMNS) if expert is None else (Cut.WHOLE, Cut.WHOLE)
+    return [
+        Parameter(name=f"{name}linear_fc1.weight", hf=gate_up, cut=rows, join=Join.GATE_UP, layer=layer, expert=expert),
+        Parameter(
+            name=f"{name}linear_fc2.weight",
+            hf=(f"{hf}down_proj.weight",),
+            cut=columns,
+            join=Join.SAME,
+            layer=layer,
+            expert=expert,
+        ),
+    ]
 
 
 def _qkv(name: str, hf: str, kind: str, layer: int) -> Parameter:
@@ -100,68 +119,22 @@ def _qkv(name: str, hf: str, kind: str, layer: int) -> Parameter:
     )
 
 
-def join(parameter: Parameter, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """The full parameter from its Hugging Face tensors."""
-    if parameter.join is Join.SAME:
-        return tensors[0]
+def hf_sizes(parameter: Parameter, shape: ModelShape) -> list[tuple[int, ...]]:
+    """Dimensions of the Hugging Face tensors of a parameter, in order."""
+    hidden, query, key = shape.hidden_size, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    if parameter.join is Join.QKV:
+        tail = (hidden,) if parameter.name.endswith("weight") else ()
+        return [(query, *tail), (key, *tail), (key, *tail)]
     if parameter.join is Join.GATE_UP:
-        return torch.cat(list(tensors))
-    per_group = [t.reshape(shape.kv_heads, -1, *t.shape[1:]) for t in tensors]
-    return torch.cat(per_group, dim=1).reshape(-1, *tensors[0].shape[1:])
-
-
-def split(parameter: Parameter, full: Tensor, shape: ModelShape) -> list[Tensor]:
-    """The Hugging Face tensors of a full parameter; the inverse of ``join``."""
-    if parameter.join is Join.SAME:
-        return [full]
-    if parameter.join is Join.GATE_UP:
-        return list(full.chunk(2))
-    heads = shape.heads // shape.kv_heads
-    grouped = full.reshape(shape.kv_heads, (heads + 2) * shape.head_dim, *full.shape[1:])
-    parts = grouped.split([heads * shape.head_dim, shape.head_dim, shape.head_dim], dim=1)
-    return [p.reshape(-1, *full.shape[1:]) for p in parts]
-
-
-def cut(parameter: Parameter, full: Tensor, rank: int, ranks: int) -> Tensor:
-    """The part of a full parameter that one tensor-parallel rank holds."""
-    if ranks == 1 or parameter.cut is Cut.WHOLE:
-        return full
-    if parameter.cut is Cut.COLUMNS:
-        return full.chunk(ranks, 1)[rank]
-    if parameter.cut is Cut.GATED_ROWS:
-        return torch.cat([half.chunk(ranks)[rank] for half in full.chunk(2)])
-    if parameter.cut is Cut.VOCAB_ROWS:
-        full = torch.nn.functional.pad(full, (0, 0, 0, -full.shape[0] % ranks))
-    return full.chunk(ranks)[rank]
-
-
-def uncut(parameter: Parameter, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """The full parameter from every rank's part; the inverse of ``cut``."""
-    if len(parts) == 1 or parameter.cut is Cut.WHOLE:
-        return parts[0]
-    if parameter.cut is Cut.COLUMNS:
-        return torch.cat(list(parts), 1)
-    if parameter.cut is Cut.GATED_ROWS:
-        halves = [part.chunk(2) for part in parts]
-        return torch.cat([h[0] for h in halves] + [h[1] for h in halves])
-    full = torch.cat(list(parts))
-    return full[: shape.vocab_size] if parameter.cut is Cut.VOCAB_ROWS else full
-
-
-def full_size(parameter: Parameter, shape: ModelShape) -> tuple[int, ...]:
-    """Dimensions of the full parameter, vocabulary padding excluded."""
-    hidden, query = shape.hidden_size, shape.heads * shape.head_dim
-    fused = query + 2 * shape.kv_heads * shape.head_dim
-    tail = parameter.name.removeprefix(f"decoder.layers.{parameter.layer}.")
+        return [(shape.ffn, hidden)] * 2
     sizes: dict[str, tuple[int, ...]] = {
         EMBEDDING: (shape.vocab_size, hidden),
         HEAD: (shape.vocab_size, hidden),
-        "self_attention.linear_qkv.weight": (fused, hidden),
-        "self_attention.linear_qkv.bias": (fused,),
-        "self_attention.q_layernorm.weight": (shape.head_dim,),
-        "self_attention.k_layernorm.weight": (shape.head_dim,),
-        "self_attention.linear_proj.weight": (hidden, query),
-        "mlp.linear_fc1.weight": (2 * shape.ffn, hidden),
-        "mlp.linear_fc2.weight": (hidden, shape.ffn),
+        "q_layernorm.weight": (shape.head_dim,),
+        "k_layernorm.weight": (shape.head_dim,),
+        "linear_proj.weight": (hidden, query),
+        "router.weight": (shape.experts.count if shape.experts else 0, hidden),
+        "linear_fc2.weight": (hidden, shape.ffn),
     }
-    return sizes.get(tail, (hidden,))
+    tail_name = ".".join(parameter.name.split(".")[-2:])
+    return [sizes.get(parameter.name, sizes.get(tail_name, (hidden,)))]

@@ -1,7 +1,7 @@
 """Changing the weights other than by the optimizer: by noise, or along a gradient. Alike in every layout."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_klrl.config.model_folder import ModelShape
 from megatron_klrl.mcore import layout
-from megatron_klrl.mcore.conversion import local_parameters
+from megatron_klrl.mcore.conversion import fill, local_parameters
 from megatron_klrl.mcore.groups import ProcessGroups
 from megatron_klrl.runtime import seeds
 
@@ -19,13 +19,13 @@ _LOW_HALF = 1 << 16
 
 @torch.no_grad()
 def rewrite(
-    model: GPTModel, weights: Iterator[tuple[str, Tensor]], *, shape: ModelShape, groups: ProcessGroups
+    chunks: Sequence[GPTModel], weights: Iterator[tuple[str, Tensor]], *, shape: ModelShape, groups: ProcessGroups
 ) -> None:
     """Fill this rank's parameters from a stream of full tensors.
 
     Args:
-        model: this rank's part.
-        weights: Hugging Face names and full tensors in the order of ``conversion.export_hf``; the same on every rank.
+        chunks: this rank's part.
+        weights: Hugging Face names and full tensors in the order of the model's plan; the same on every rank.
             It may stream this very model: a parameter is overwritten after all its tensors have been taken.
         shape: of the whole model.
         groups: the layout.
@@ -34,7 +34,7 @@ def rewrite(
         ValueError: the stream has other tensors than the model.
     """
     targets: defaultdict[str, list[torch.nn.Parameter]] = defaultdict(list)
-    for name, parameter in local_parameters(model):
+    for name, parameter in local_parameters(chunks, groups=groups):
         # the last stage of a tied model holds a copy of the embedding under the head's name
         targets[layout.EMBEDDING if name == layout.HEAD and shape.tied else name].append(parameter)
     for source in layout.parameters(shape):
@@ -42,8 +42,7 @@ def rewrite(
         if tuple(name for name, _ in found) != source.hf:
             raise ValueError(f"expected {source.hf}, the stream has {[name for name, _ in found]}")
         for target in targets[source.name]:
-            full = layout.join(source, [tensor for _, tensor in found], shape)
-            target.copy_(layout.cut(source, full, groups.tp.rank(), groups.tp.size()))
+            fill(target, source, dict(found), shape=shape, groups=groups)
     if (left := next(weights, None)) is not None:
         raise ValueError(f"the model has no tensor {left[0]}")
 

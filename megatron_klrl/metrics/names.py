@@ -33,7 +33,7 @@ METRICS = (
     Metric("kl/beta", "reward per nat", "weight of the KL in the objective"),
     Metric("objective/mean", "reward", "reward/mean - kl/beta * kl/exact: the objective that is maximised"),
     Metric("policy/entropy", "nats per token", "mean entropy of the policy over response tokens"),
-    Metric("policy/clip_fraction", "fraction", "tokens whose policy gradient is clipped away; 0 under reinforce"),
+    Metric("policy/clip_fraction", "fraction", "response tokens whose policy gradient a clip removes (cispo: bounds)"),
     Metric("policy/loss", "reward", "value of the minimised loss; its gradient matters, not its level"),
     Metric("policy/lr", "1", "learning rate of the step"),
     Metric("grad/norm", "1", "L2 norm of the whole gradient before clipping"),
@@ -42,9 +42,28 @@ METRICS = (
     Metric(
         "mismatch/logprob_abs_mean", "nats per token", "mean |old_logprobs - rollout_logprobs|: trainer against engine"
     ),
+    Metric(
+        "mismatch/verified_abs_max",
+        "nats per token",
+        "largest |trainer - engine| log-probability of a few tokens drawn right after a weight update; only at updates "
+        "that were verified",
+    ),
     Metric("mismatch/kl", "nats per token", "k3 estimate of KL(engine || trainer) on the engine's samples"),
     Metric(
         "mismatch/prob_ratio_mean", "1", "mean of trainer probability over engine probability of the sampled tokens"
+    ),
+    Metric(
+        "mismatch/truncated_fraction", "fraction", "weights above mismatch.high; only under a correction that truncates"
+    ),
+    Metric(
+        "mismatch/masked_fraction",
+        "fraction",
+        "weights outside [mismatch.low, mismatch.high], taken as 0; only under a correction that masks",
+    ),
+    Metric(
+        "mismatch/ess",
+        "fraction",
+        "effective sample size of the corrected weights, (sum w)^2 / (n sum w^2), n tokens or sequences; only with one",
     ),
     Metric("staleness/mean", "versions", "mean of weight version trained minus weight version sampled"),
     Metric("staleness/max", "versions", "its maximum"),
@@ -52,6 +71,7 @@ METRICS = (
     Metric("time/score_s", "s", "forward passes of policy and reference"),
     Metric("time/train_s", "s", "forward, backward and optimizer step"),
     Metric("time/sync_s", "s", "pushing the weights into the engine"),
+    Metric("time/verify_s", "s", "part of time/sync_s that a verification took; only at updates that were verified"),
     Metric("time/step_s", "s", "the whole step, evaluation and checkpoints excluded"),
     Metric("throughput/tokens_per_s", "tokens/s", "response tokens of the step over time/step_s"),
     Metric("memory/peak_gib", "GiB", "peak of rank 0: device memory on CUDA, resident memory of the process on CPU"),

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from megatron_klrl.batch import RolloutBatch, TokenScores
 from megatron_klrl.kl.estimators import k1, k3
+from megatron_klrl.rl.mismatch import MismatchWeights
 
 
 def of_rollouts(batch: RolloutBatch, *, weight_version: int) -> dict[str, float]:
@@ -41,6 +42,14 @@ def of_scores(batch: RolloutBatch, scores: TokenScores, *, log_ratio_clamp: floa
             beyond = (scores.old_logprobs - scores.ref_logprobs)[mask].abs() > log_ratio_clamp
             found["kl/clamp_fraction"] = float(beyond.float().mean())
     return found
+
+
+def of_mismatch(weights: MismatchWeights) -> dict[str, float]:
+    """What the correction for the gap between trainer and engine did to the weights of the policy gradient."""
+    return {
+        f"mismatch/{weights.action}_fraction": weights.bounded_fraction(),
+        "mismatch/ess": weights.effective_share(),
+    }
 
 
 def _distance(logprobs: Tensor, ref_logprobs: Tensor, full_kl: Tensor, mask: Tensor) -> dict[str, float]:

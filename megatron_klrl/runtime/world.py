@@ -22,12 +22,14 @@ class World:
         size: number of ranks.
         local_rank: rank on this machine; the CUDA device index where there is CUDA.
         device: where parameters live.
+        one_machine: all ranks of the job are on this machine.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    one_machine: bool
 
     @property
     def is_main(self) -> bool:
@@ -67,7 +69,8 @@ def join(*, timeout_s: float) -> World:
     device = _device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **init)
-    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == size or size == 1
+    return World(rank=rank, size=size, local_rank=local_rank, device=device, one_machine=one_machine)
 
 
 def leave() -> None:

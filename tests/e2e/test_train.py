@@ -73,7 +73,9 @@ def test_metrics_are_complete_and_make_sense(trained: Trained) -> None:
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     sometimes = {"grad/kl_norm", "grad/policy_kl_cosine"}
     expected = {metric.name for metric in METRICS if not metric.name.startswith("eval/")}
-    expected -= sometimes | {"kl/clamp_fraction"}
+    verified = {"time/verify_s", "mismatch/verified_abs_max"}
+    corrected = {"mismatch/ess", "mismatch/truncated_fraction", "mismatch/masked_fraction"}
+    expected -= sometimes | verified | corrected | {"kl/clamp_fraction"}
     for row in rows[1:]:
         assert expected <= row.keys()
         assert all(known(name) for name in row if name != "step")
@@ -81,6 +83,7 @@ def test_metrics_are_complete_and_make_sense(trained: Trained) -> None:
         assert row["staleness/max"] == 0
         assert row["kl/beta"] == 0.1
     assert [row["step"] for row in rows if sometimes <= row.keys()] == [10, 20]
+    assert [row["step"] for row in rows if verified <= row.keys()] == [1]
     assert all(row["grad/kl_norm"] > 0 and abs(row["grad/policy_kl_cosine"]) <= 1 for row in (rows[10], rows[20]))
     assert rows[1]["kl/exact"] == pytest.approx(0, abs=1e-6), "before the first update the policy is the reference"
     assert rows[-1]["kl/exact"] > 0.2

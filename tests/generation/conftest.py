@@ -11,8 +11,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_klrl.assets import embedded_model
-from megatron_klrl.generation.vllm_engine import VLLMEngine
+from megatron_klrl.generation.vllm_engine import EngineSettings, VLLMEngine
 from megatron_klrl.runtime import world as ranks
+
+SETTINGS = EngineSettings(
+    tensor=1,
+    dtype=torch.float32,
+    max_model_len=224,
+    max_num_seqs=64,
+    kv_cache_bytes=32 << 20,
+    timeout_s=60.0,
+    sleeps=False,
+)
 
 
 @pytest.fixture(scope="session")
@@ -31,11 +41,7 @@ class Host:
         self.engine = VLLMEngine(
             folder=folder,
             world=ranks.join(timeout_s=60),
-            tensor=1,
-            dtype=torch.float32,
-            max_model_len=64,
-            max_num_seqs=64,
-            kv_cache_bytes=32 << 20,
+            settings=SETTINGS,
         )
         self.after = fingerprint()
 

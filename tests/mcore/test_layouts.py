@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_klrl.batch import RolloutBatch, TrainBatch
+from megatron_klrl.config.recipe import Recompute
 from megatron_klrl.kl import KLConfig, loss_terms
 from megatron_klrl.losses.policy_loss import PolicyLoss, kl_part, policy_part
 from megatron_klrl.mcore.model import unwrap
@@ -22,27 +24,35 @@ LOGPROB_ATOL = 2e-5
 GRADIENT_ERROR = 1e-5
 
 
-@dataclass(frozen=True)
-class Layout:
-    """One way to cut the model."""
+Layout = tuple[int, dict[str, Any]]
+"""Ranks, and what ``tests.support.trainer.trainer`` is told of them."""
 
-    ranks: int
-    tensor: int = 1
-    pipeline: int = 1
-    sequence: bool = False
-    micro_batch_size: int = 2
-
-
-LAYOUTS = {
-    "one_rank": Layout(1),
-    "one_microbatch": Layout(1, micro_batch_size=6),
-    "tp2": Layout(2, tensor=2),
-    "pp2": Layout(2, pipeline=2),
-    "dp2": Layout(2, micro_batch_size=1),
-    "dp2_blank_rows": Layout(2, micro_batch_size=4),
-    "tp2_sp": Layout(2, tensor=2, sequence=True),
-    "tp2_pp2": Layout(4, tensor=2, pipeline=2),
-    "tp2_dp2": Layout(4, tensor=2),
+LAYOUTS: dict[str, Layout] = {
+    "one_rank": (1, {}),
+    "one_microbatch": (1, {"micro_batch_size": 6, "head_chunk_tokens": None}),
+    "packed": (1, {"tokens_per_microbatch": 24}),
+    "recompute": (1, {"recompute": Recompute.FULL}),
+    "recompute_attention_packed": (1, {"recompute": Recompute.ATTENTION, "tokens_per_microbatch": 40}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2_packed": (2, {"tensor": 2, "tokens_per_microbatch": 30}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2_packed": (2, {"pipeline": 2, "tokens_per_microbatch": 20}),
+    "pp2_interleaved": (2, {"pipeline": 2, "virtual": 2}),
+    "pp2_interleaved_packed": (2, {"pipeline": 2, "virtual": 2, "tokens_per_microbatch": 40}),
+    "cp2": (2, {"context": 2}),
+    "cp2_packed": (2, {"context": 2, "tokens_per_microbatch": 40}),
+    "dp2": (2, {"micro_batch_size": 1}),
+    "dp2_blank_rows": (2, {"micro_batch_size": 4}),
+    "dp2_packed": (2, {"tokens_per_microbatch": 17}),
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
+    "tp2_sp_packed_recompute": (
+        2,
+        {"tensor": 2, "sequence": True, "tokens_per_microbatch": 33, "recompute": Recompute.FULL},
+    ),
+    "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "tp2_dp2": (4, {"tensor": 2}),
+    "tp2_sp_cp2_packed": (4, {"tensor": 2, "context": 2, "sequence": True, "tokens_per_microbatch": 30}),
+    "pp2_cp2": (4, {"pipeline": 2, "context": 2}),
 }
 
 
@@ -61,13 +71,7 @@ class Result:
 
 def measure(folder: Path, layout: Layout) -> Result:
     """Score, take the gradient and one step in a layout."""
-    with trainer(
-        folder,
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        sequence=layout.sequence,
-        micro_batch_size=layout.micro_batch_size,
-    ) as engine:
+    with trainer(folder, **layout[1]) as engine:
         batch = rollout_batch()
         scores = engine.score(batch)
         before = {name: tensor.clone() for name, tensor in engine.export_weights()}
@@ -80,7 +84,7 @@ def measure(folder: Path, layout: Layout) -> Result:
             old_logprobs=scores.old_logprobs,
             ref_logprobs=scores.ref_logprobs,
             full_kl=scores.full_kl,
-            loss=loss,
+            loss=loss.loss,
             grad_norm=update.grad_norm,
             gradients=gradients,
             weights_before=before,
@@ -93,7 +97,7 @@ def oracle(folder: Path) -> tuple[Tensor, float, dict[str, Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     logits = model(batch.tokens[:, :-1]).logits
     logprobs = torch.log_softmax(logits, -1).gather(-1, batch.tokens[:, 1:, None]).squeeze(-1)
-    loss = policy_loss(batch)(logprobs, train_batch(batch))
+    loss, _ = policy_loss(batch)(logprobs, train_batch(batch))
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return logprobs.detach().where(batch.response_mask, 0.0), loss.item(), gradients
@@ -110,7 +114,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("family", ["qwen3_tied", "llama31_untied"])
 def test_every_layout_equals_transformers(folders: dict[str, Path], family: str, layout: str) -> None:
     logprobs, loss, gradients = oracle(folders[family])
-    for result in run_ranks(LAYOUTS[layout].ranks, measure, folders[family], LAYOUTS[layout]):
+    for result in run_ranks(LAYOUTS[layout][0], measure, folders[family], LAYOUTS[layout]):
         torch.testing.assert_close(result.old_logprobs, logprobs, rtol=0, atol=LOGPROB_ATOL)
         torch.testing.assert_close(result.ref_logprobs, logprobs, rtol=0, atol=LOGPROB_ATOL)
         assert result.full_kl.abs().max() < 1e-5, "policy and reference are the same model"
@@ -130,7 +134,7 @@ def test_hugging_face_folder_in_and_out(folders: dict[str, Path], family: str, l
     written = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32).state_dict()
     batch = rollout_batch()
     expected = token_logprobs(folders[family], batch.tokens).where(batch.response_mask, 0.0)
-    for result in run_ranks(LAYOUTS[layout].ranks, measure, folders[family], LAYOUTS[layout]):
+    for result in run_ranks(LAYOUTS[layout][0], measure, folders[family], LAYOUTS[layout]):
         for name, tensor in result.weights_before.items():
             assert torch.equal(tensor, written[name]), name
         missing = set(written) - set(result.weights_before)
@@ -141,7 +145,7 @@ def test_hugging_face_folder_in_and_out(folders: dict[str, Path], family: str, l
 def rotary_frequencies(folder: Path) -> Tensor:
     """Megatron's rotary frequencies for a model folder."""
     with trainer(folder, with_reference=False) as engine:
-        return unwrap(engine.model).rotary_pos_emb.inv_freq
+        return unwrap(engine.chunks[0]).rotary_pos_emb.inv_freq
 
 
 def test_llama31_rotary_scaling_equals_transformers(folders: dict[str, Path]) -> None:
@@ -188,13 +192,13 @@ class SplitResult:
 
 def split_and_whole(folder: Path, layout: Layout) -> SplitResult:
     """Take the same gradient in two parts and at once."""
-    with trainer(folder, tensor=layout.tensor, pipeline=layout.pipeline) as engine:
+    with trainer(folder, **layout[1]) as engine:
         batch = rollout_batch()
         split = engine.split_gradient(train_batch(batch), policy_loss(batch))
         in_parts = {name: tensor.clone() for name, tensor in engine.export_gradients()}
         loss = engine.forward_backward(train_batch(batch), policy_loss(batch), keep_whole_gradient=True)
         at_once = {name: tensor.clone() for name, tensor in engine.export_gradients()}
-        return SplitResult(split.loss, loss, split.kl_norm, split.cosine, in_parts, at_once)
+        return SplitResult(split.loss, loss.loss, split.kl_norm, split.cosine, in_parts, at_once)
 
 
 @pytest.mark.parametrize("layout", ["one_rank", "tp2_pp2", "dp2"])
@@ -207,10 +211,10 @@ def test_gradient_in_two_parts_is_the_gradient(folders: dict[str, Path], layout:
     flat = []
     for part in (policy_part, kl_part):
         rows, loss = part(train_batch(batch), policy_loss(batch))
-        gradients = torch.autograd.grad(loss(logprobs, rows), list(model.parameters()), retain_graph=True)
+        gradients = torch.autograd.grad(loss(logprobs, rows)[0], list(model.parameters()), retain_graph=True)
         flat.append(torch.cat([g.flatten() for g in gradients]).double())
     cosine = float(flat[0] @ flat[1] / flat[0].norm() / flat[1].norm())
-    for result in run_ranks(LAYOUTS[layout].ranks, split_and_whole, folders["qwen3_tied"], LAYOUTS[layout]):
+    for result in run_ranks(LAYOUTS[layout][0], split_and_whole, folders["qwen3_tied"], LAYOUTS[layout]):
         assert result.loss == pytest.approx(result.whole_loss, rel=1e-5)
         assert result.kl_norm == pytest.approx(float(flat[1].norm()), rel=1e-4)
         assert result.cosine == pytest.approx(cosine, abs=1e-4)
@@ -220,7 +224,7 @@ def test_gradient_in_two_parts_is_the_gradient(folders: dict[str, Path], layout:
 
 def exact_gradient(folder: Path, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient of the full-vocabulary KL in the loss, with the policy moved off its reference."""
-    with trainer(folder, tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.sequence) as engine:
+    with trainer(folder, **layout[1]) as engine:
         batch = rollout_batch()
         engine.forward_backward(train_batch(batch), policy_loss(batch))
         engine.optim_step()
@@ -241,7 +245,7 @@ def exact_loss(batch: RolloutBatch) -> PolicyLoss:
     def loss_side(logprobs: Tensor, rows: TrainBatch, full_kl: Tensor | None) -> Tensor:
         return loss_terms(logprobs, logprobs.detach(), rows.response_mask, config=config, full_kl=full_kl)
 
-    return PolicyLoss(num_sequences=batch.tokens.shape[0], loss_side_kl=loss_side, needs_full_kl=True)
+    return replace(policy_loss(batch), loss_side_kl=loss_side, needs_full_kl=True)
 
 
 @pytest.mark.parametrize("layout", ["one_rank", "tp2_sp", "pp2", "dp2", "tp2_pp2"])
@@ -249,7 +253,7 @@ def exact_loss(batch: RolloutBatch) -> PolicyLoss:
 def test_full_vocabulary_kl_in_the_loss_equals_transformers(folders: dict[str, Path], family: str, layout: str) -> None:
     """The reference enters by its hidden states and head only; value and gradient are autograd's on whole logits."""
     batch = rollout_batch()
-    for full_kl, found in run_ranks(LAYOUTS[layout].ranks, exact_gradient, folders[family], LAYOUTS[layout]):
+    for full_kl, found in run_ranks(LAYOUTS[layout][0], exact_gradient, folders[family], LAYOUTS[layout]):
         model = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32)
         reference = torch.log_softmax(model(batch.tokens[:, :-1]).logits, -1).detach()
         moved = {name.removeprefix("weight/"): w for name, w in found.items() if name.startswith("weight/")}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 SMALL = {
     "vocab_size": 50,
@@ -32,6 +32,16 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "qwen3_tied": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
     "llama31_untied": LlamaConfig(**SMALL, tie_word_embeddings=False, rope_parameters=LLAMA31_ROPE),
 }
+MIXTURE = Qwen3MoeConfig(
+    **SMALL,
+    head_dim=16,
+    tie_word_embeddings=False,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    norm_topk_prob=True,
+)
+"""A small mixture of experts, apart from the dense families: it takes longer."""
 
 
 def write_model(folder: Path, config: PretrainedConfig, *, seed: int = 0) -> Path:

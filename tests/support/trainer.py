@@ -8,10 +8,14 @@ import torch
 
 from megatron_klrl.batch import RolloutBatch, TrainBatch
 from megatron_klrl.config.model_folder import describe_model
+from megatron_klrl.config.recipe import Recompute
 from megatron_klrl.losses.policy_loss import PolicyLoss
 from megatron_klrl.mcore import groups as process_groups
 from megatron_klrl.mcore.compat import run_on_cpu
-from megatron_klrl.mcore.engine import MegatronEngine, OptimizerSettings, TrainerSettings
+from megatron_klrl.mcore.engine import MegatronEngine, TrainerSettings
+from megatron_klrl.mcore.microbatches import Batching, Rows
+from megatron_klrl.mcore.optimizer import OptimizerSettings
+from megatron_klrl.mcore.streams import SyncSettings
 from megatron_klrl.rl.aggregation import sequence_sum
 from megatron_klrl.runtime import seeds
 from megatron_klrl.runtime import world as ranks
@@ -23,19 +27,22 @@ ADAM = OptimizerSettings(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01
 def trainer(
     folder: Path,
     *,
-    tensor: int = 1,
-    pipeline: int = 1,
     sequence: bool = False,
     micro_batch_size: int = 2,
+    tokens_per_microbatch: int | None = None,
+    head_chunk_tokens: int | None = 7,
+    recompute: Recompute = Recompute.NONE,
     with_reference: bool = True,
     dtype: torch.dtype = torch.float32,
+    sync: SyncSettings | None = None,
+    **layout: int,
 ) -> Iterator[MegatronEngine]:
     """An engine over the ranks that run this function."""
     run_on_cpu()
     world = ranks.join(timeout_s=60)
     torch.set_num_threads(1)
     seeds.seed_everything(0)
-    groups = process_groups.initialize(world, tensor=tensor, pipeline=pipeline, seed=0)
+    groups = process_groups.initialize(world, process_groups.Layout(**layout), seed=0)
     try:
         yield MegatronEngine(
             world=world,
@@ -44,11 +51,17 @@ def trainer(
             folder=folder,
             settings=TrainerSettings(
                 dtype=dtype,
-                sequence_parallel=sequence,
-                micro_batch_size=micro_batch_size,
+                batching=Batching(
+                    rows=Rows.PADDED if tokens_per_microbatch is None else Rows.PACKED,
+                    size=tokens_per_microbatch or micro_batch_size,
+                    sequence_parallel=sequence,
+                ),
                 temperature=1.0,
+                head_chunk_tokens=head_chunk_tokens,
+                recompute=recompute,
                 with_reference=with_reference,
                 optimizer=ADAM,
+                sync=sync or SyncSettings(),
             ),
         )
     finally:
@@ -81,6 +94,8 @@ def train_batch(batch: RolloutBatch, *, seed: int = 4) -> TrainBatch:
         response_mask=batch.response_mask,
         advantages=torch.randn(size, generator=generator),
         token_weights=sequence_sum(batch.response_mask),
+        old_logprobs=batch.rollout_logprobs,
+        importance_weights=torch.ones(size),
         kl_advantages=torch.randn(size, generator=generator),
         ref_logprobs=None,
         rollout_logprobs=batch.rollout_logprobs,
@@ -89,4 +104,4 @@ def train_batch(batch: RolloutBatch, *, seed: int = 4) -> TrainBatch:
 
 def policy_loss(batch: RolloutBatch) -> PolicyLoss:
     """The loss of such a batch."""
-    return PolicyLoss(num_sequences=batch.tokens.shape[0])
+    return PolicyLoss(num_sequences=batch.tokens.shape[0], num_tokens=int(batch.response_mask.sum()))

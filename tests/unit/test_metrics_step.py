@@ -5,7 +5,9 @@ import math
 import torch
 
 from megatron_klrl.batch import RolloutBatch, TokenScores
-from megatron_klrl.metrics.step import of_rollouts, of_scores
+from megatron_klrl.metrics.names import known
+from megatron_klrl.metrics.step import of_mismatch, of_rollouts, of_scores
+from megatron_klrl.rl.mismatch import sequence_mask, token_truncate
 
 MASK = torch.tensor([[True, True], [True, False]])
 
@@ -70,3 +72,19 @@ def test_the_fraction_beyond_the_clamp_is_reported_where_one_is_set() -> None:
 def test_without_a_reference_there_is_no_distance() -> None:
     scores = TokenScores(old_logprobs=torch.zeros(2, 2), entropy=torch.zeros(2, 2))
     assert not any(name.startswith("kl/") for name in of_scores(batch(), scores))
+
+
+def test_mismatch_metrics_say_what_the_correction_did() -> None:
+    """Weights e, 1 and 1 of tokens, e and 1 of sequences; a truncation and a masking each have their own name."""
+    rollout = batch().rollout_logprobs
+    old = rollout + torch.tensor([[1.0, 0.0], [0.0, 9.0]])
+    truncated = of_mismatch(token_truncate(old, rollout, mask=MASK, high=2.0))
+    masked = of_mismatch(sequence_mask(old, rollout, mask=MASK, low=0.5, high=2.0))
+    for found, expected in (
+        (truncated, {"mismatch/truncated_fraction": 1 / 3, "mismatch/ess": 4**2 / (3 * 6)}),
+        (masked, {"mismatch/masked_fraction": 1 / 2, "mismatch/ess": 1 / 2}),
+    ):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert math.isclose(found[name], value, rel_tol=1e-6), name
+            assert known(name)

@@ -55,7 +55,8 @@ def test_config_show_is_the_resolved_recipe(tmp_path: Path) -> None:
     as_json = klrl_here("config", "show", tmp_path / "again.yaml", "--json", cwd=tmp_path).stdout
     resolved = json.loads(as_json)
     assert resolved["kl"]["beta"] == 0.3
-    assert resolved["parallel"] == {"tensor": 2, "pipeline": 1, "context": 1, "expert": 1, "sequence": False}
+    sizes = {"tensor": 2, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "expert": 1}
+    assert resolved["parallel"] == {**sizes, "sequence": False}
 
 
 def test_config_diff(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def test_a_dry_run_as_json(tmp_path: Path) -> None:
     arguments = ["train", RECIPE, "kl.estimator=k3", "kl.allow_biased=true", "--dry-run", "--json"]
     done = klrl_here(*arguments, cwd=tmp_path)
     plan = json.loads(done.stdout)
-    assert plan["layout"] == {"ranks": 2, "tensor": 2, "pipeline": 1, "context": 1, "data": 1}
+    sizes = {"tensor": 2, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "expert": 1, "data": 1}
+    assert plan["layout"] == {"ranks": 2, **sizes}
     assert plan["config"]["kl"]["estimator"] == "k3"
     assert plan["kl"]["verdict"].startswith("biased")
     assert len(plan["warnings"]) == 1

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_klrl.config.bounds import CLIPS, clip_bounds
 from megatron_klrl.config.load import dump_recipe, load_recipe
 from megatron_klrl.config.memory import estimate_memory
 from megatron_klrl.config.model_folder import describe_model
 from megatron_klrl.config.presets import PRESETS, Preset, find_preset, render_presets
-from megatron_klrl.config.recipe import Recipe
+from megatron_klrl.config.recipe import AlgorithmSection, Recipe, Surrogate
 from megatron_klrl.config.validate import validate
 from megatron_klrl.errors import UserError
 from megatron_klrl.kl import KLConfig, catalogue
@@ -20,7 +21,7 @@ SHIPPED = ROOT / "examples" / "recipes" / "arithmetic_cpu.yaml"
 # The forms and numbers as published or shipped, typed here once more.
 FORMS = {
     "grpo-deepseekmath": ("loss/k3/token/none", 0.04, "grpo", "sequence_mean"),
-    "dr-grpo": (None, 0.0, "dr_grpo", "sequence_sum"),
+    "dr-grpo": (None, 0.0, "dr_grpo", "constant_norm"),
     "deepseek-v3.2": ("loss/k3/token/token", None, "dr_grpo", "sequence_mean"),
     "verl-default": (None, 0.0, "grpo", "token_mean"),
     "verl-kl-loss": ("loss/k3/token/none", 0.001, "grpo", "token_mean"),
@@ -41,6 +42,23 @@ FORMS = {
     "paper-k3-loss": ("loss/k3/token/none", 0.1, "rloo", "sequence_sum"),
     "paper-k1-both": ("both/k1/sequence/none", 0.1, "rloo", "sequence_sum"),
     "paper-k3-both": ("both/k3/sequence/none", 0.1, "rloo", "sequence_sum"),
+}
+# What they clip the ratio of policies to; those that are not here do not clip, or one ratio per sequence alone.
+CLIPPED = {
+    "grpo-deepseekmath": (0.2, 0.2, None),
+    "dr-grpo": (0.2, 0.2, None),
+    "deepseek-v3.2": (0.2, 0.2, None),
+    "verl-default": (0.2, 0.2, 3.0),
+    "verl-kl-loss": (0.2, 0.2, 3.0),
+    "trl-grpo": (0.2, 0.2, None),
+    "nemo-rl-default": (0.2, 0.2, None),
+    "slime-unbiased-kl": (0.2, 0.2, None),
+    "openrlhf-default": (0.2, 0.2, None),
+    "openrlhf-kl-loss-k3": (0.2, 0.27, None),
+    "openrlhf-kl-loss-k2": (0.2, 0.2, None),
+    "skyrl-default": (0.2, 0.2, None),
+    "areal-default": (0.2, 0.2, None),
+    "megatron-rl-default": (0.01, 0.01, None),
 }
 REFUSED = {
     "grpo-deepseekmath",
@@ -73,6 +91,9 @@ def test_every_preset_takes_effect_on_the_shipped_recipe_and_is_valid(preset: Pr
     assert form in (None, recipe.kl.name)
     assert recipe.kl.beta == (0.1 if beta is None else beta), "what a preset leaves open stays the recipe's"
     assert (recipe.algorithm.advantage, recipe.algorithm.aggregation) == (advantage, aggregation)
+    clip = CLIPPED.get(preset.name)
+    assert recipe.algorithm.surrogate == ("reinforce" if clip is None else "ppo_clip")
+    assert tuple(clip_bounds(recipe.algorithm).values()) == (clip or ())
 
 
 @every_preset
@@ -106,11 +127,23 @@ def test_a_preset_without_kl_has_no_reference(preset: Preset) -> None:
 @every_preset
 def test_every_setting_is_explained_by_a_name_of_the_library(preset: Preset) -> None:
     ours = {f"{section}.{key}" for section, keys in preset.sections().items() for key in keys}
-    known = {f"kl.{key}" for key in KLConfig.model_fields} | {"algorithm.advantage", "algorithm.aggregation"}
+    known = {f"kl.{key}" for key in KLConfig.model_fields}
+    known |= {f"algorithm.{key}" for key in AlgorithmSection.model_fields}
     explained = {key for keys in preset.translation().values() for key in keys}
     assert explained <= known
     assert ours - explained <= {"kl.objective"}, "libraries name no objective"
     assert {"kl.beta"} | ours >= explained, "what stands beside a library's name is set, or a beta left to the recipe"
+
+
+@every_preset
+def test_another_surrogate_beside_a_preset_has_its_own_bounds(preset: Preset) -> None:
+    """A preset names a bound only where it differs from its surrogate's own, so that none is inherited unseen."""
+    bounds = {key: value for key, value in preset.algorithm.items() if "clip_" in key or key == "dual_clip"}
+    assert all(value != CLIPS[Surrogate.PPO_CLIP][key] for key, value in bounds.items())
+    if not bounds:
+        recipe = on_shipped(f"preset={preset.name}", "algorithm.surrogate=gspo", "kl.allow_biased=true")
+        validate(recipe, 2)
+        assert clip_bounds(recipe.algorithm) == {"clip_low": 3e-4, "clip_high": 4e-4}
 
 
 def test_translation_carries_our_values() -> None:

@@ -2,11 +2,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_klrl.config.data import ArithmeticSource
 from megatron_klrl.config.load import load_recipe
 from megatron_klrl.config.memory import estimate_memory
 from megatron_klrl.config.model_folder import describe_model
 from megatron_klrl.config.prompt_lengths import longest_prompt, longest_worked_answer
-from megatron_klrl.config.recipe import ArithmeticSource, Recipe
+from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.config.validate import validate
 from megatron_klrl.errors import UserError
 from tests.unit.config.folders import make_folder, make_recipe
@@ -29,8 +30,30 @@ def test_a_good_recipe_has_no_warnings(tmp_path: Path) -> None:
         (["parallel.tensor=3"], 3, "parallel.tensor", "set parallel.tensor to one of: 1, 2"),
         (["parallel.tensor=4"], 4, "parallel.tensor", "4 does not divide the model's 2 key-value heads"),
         (["parallel.pipeline=3"], 3, "parallel.pipeline", "set parallel.pipeline to one of: 1, 2, 4"),
-        (["parallel.context=2"], 2, "parallel.context", "not in this version"),
-        (["parallel.expert=2"], 2, "parallel.expert", "not in this version"),
+        (["parallel.context=2"], 3, "parallel", "start 2 ranks"),
+        (["parallel.expert=2"], 2, "parallel.expert", "the model has no experts"),
+        (["parallel.virtual_pipeline=2"], 2, "parallel.virtual_pipeline", "needs a pipeline to interleave"),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=4"],
+            2,
+            "parallel.virtual_pipeline",
+            "4 does not divide the model's 2 layers of a stage",
+        ),
+        (
+            ["loop.tokens_per_microbatch=999", "loop.micro_batch_size=4"],
+            1,
+            "loop.tokens_per_microbatch",
+            "both are given",
+        ),
+        (
+            ["weight_sync.transport=in_process", "parallel.tensor=2"],
+            2,
+            "weight_sync.transport",
+            "spread over several ranks",
+        ),
+        (["weight_sync.transport=disk"], 1, "weight_sync.transport", "weight_sync.folder to a folder"),
+        (["weight_sync.folder=here"], 1, "weight_sync.transport", "or neither"),
+        (["loop.tokens_per_microbatch=9"], 1, "loop.tokens_per_microbatch", "set it to"),
         (["parallel.sequence=true"], 1, "parallel.sequence", "parallel.tensor to 2 or more"),
         (["parallel.tensor=2"], 3, "parallel", "start 2 ranks"),
         (["parallel.tensor=2", "parallel.pipeline=2"], 2, "parallel", "start 4 ranks"),
