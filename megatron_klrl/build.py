@@ -30,6 +30,7 @@ from megatron_klrl.runtime.world import World
 from megatron_klrl.tasks.arithmetic import ArithmeticTask
 from megatron_klrl.tasks.jsonl_file import JsonlTask
 from megatron_klrl.tasks.task import Task
+from megatron_klrl.vocab_parallel import kernels
 from megatron_klrl.weight_sync.choose import Kind
 
 _DTYPES = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16}
@@ -88,6 +89,7 @@ def site(recipe: Recipe) -> Iterator[Site]:
 
 def build_trainer(recipe: Recipe, place: Site) -> MegatronEngine:
     """The Megatron engine of a recipe."""
+    kernels.use(kernels.Kernels(recipe.head.kernels.value))
     optimizer = recipe.optimizer
     return MegatronEngine(
         world=place.world,
@@ -98,7 +100,7 @@ def build_trainer(recipe: Recipe, place: Site) -> MegatronEngine:
             dtype=_DTYPES[recipe.precision.dtype],
             batching=_batching(recipe),
             temperature=recipe.generation.temperature,
-            head_chunk_tokens=recipe.memory.head_chunk_tokens,
+            head_chunk_tokens=recipe.head.chunk_tokens,
             recompute=recipe.memory.recompute,
             with_reference=recipe.kl.beta > 0,
             sync=SyncSettings(

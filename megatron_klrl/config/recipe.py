@@ -129,9 +129,25 @@ class MemorySection(Section):
     recompute: Recompute = Recompute.NONE
     """Activations computed again in the backward: none; attention, the core attention of each layer; full, whole
     layers, for a third more work."""
-    head_chunk_tokens: Positive | None = 1024
+
+
+class HeadKernels(StrEnum):
+    """How the passes over logits run."""
+
+    AUTO = "auto"
+    EAGER = "eager"
+    COMPILED = "compiled"
+
+
+class HeadSection(Section):
+    """The output layer and the loss; none of it changes a result beyond rounding."""
+
+    chunk_tokens: Positive | None = 1024
     """Response tokens of a microbatch whose logits exist at the same time, in scoring and in training; none: all. A
     loss that needs whole sequences (gspo, sequence and prefix corrections) takes at least one sequence at a time."""
+    kernels: HeadKernels = HeadKernels.AUTO
+    """auto compiles the passes over logits where a chunk is large enough to pay for it (5 to 20 seconds, once), which
+    needs a C++ compiler on CPU and Triton on GPUs; eager never compiles, compiled always."""
 
 
 class PrecisionSection(Section):
@@ -318,6 +334,8 @@ class Recipe(Section):
     """Number formats."""
     memory: MemorySection = Field(default_factory=MemorySection)
     """What is traded for memory."""
+    head: HeadSection = Field(default_factory=HeadSection)
+    """The output layer and the loss."""
     kl: KLConfig = Field(default_factory=KLConfig)
     """The KL regularisation."""
     algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)

@@ -124,7 +124,7 @@ class MegatronEngine:
         columns = padded_vocab_size(shape.vocab_size, groups.tp.size()) // groups.tp.size()
         start = columns * groups.tp.rank()
         self._head = Head(
-            shard=VocabShard(start=start, size=min(columns, shape.vocab_size - start), group=groups.tp),
+            shard=VocabShard(start=start, size=max(0, min(columns, shape.vocab_size - start)), group=groups.tp),
             groups=groups,
             sequence_parallel=settings.batching.sequence_parallel,
             temperature=settings.temperature,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = {"cpu": 5 * 2**19, "cuda": 256 * 2**20}  # of one buffer; on CUDA launches count, not the cache
+_BLOCK_BYTES = {"cpu": 5 * 2**19, "cuda": 2**26}  # of one buffer; on CUDA launches count, not the cache
 _BLOCK_BYTES_PER_THREAD = 5 * 2**18
 
 

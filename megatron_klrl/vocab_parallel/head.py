@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_klrl.vocab_parallel import gradient, terms
 from megatron_klrl.vocab_parallel.gradient import Known, Upstream
@@ -189,6 +190,7 @@ class _Chunked(torch.autograd.Function):
         return found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):  # type: ignore[override]
         upstream = Upstream(**dict(zip(MEASURES[:3], grads[:3], strict=True)))
         if not upstream:
@@ -273,6 +275,7 @@ class _Fused(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         if ctx.gradients is None:
             raise RuntimeError("fused_loss has no second backward: the first one used the memory of its gradients")

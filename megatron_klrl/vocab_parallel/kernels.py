@@ -45,7 +45,7 @@ def use(kernels: Kernels) -> None:
     runs whatever is chosen, after one warning that says what is missing.
     """
     _InUse.kernels = kernels
-    _InUse.compiled = Compiled()
+    _InUse.compiled = _InUse.compiled or Compiled()
 
 
 def partition(logits: Tensor, ref_logits: Tensor | None, *, scale: float, entropy: bool) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_klrl.vocab_parallel import gradient, terms
 from megatron_klrl.vocab_parallel.gradient import Known, Upstream
@@ -149,6 +150,7 @@ class _Measure(torch.autograd.Function):
         return shaped
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):  # type: ignore[override]
         flattened = (None if grad is None else grad.reshape(-1) for grad in grads[:3])
         upstream = Upstream(**dict(zip(MEASURES[:3], flattened, strict=True)))

@@ -1,4 +1,4 @@
-"""Where one rank's columns lie in the vocabulary, and sums over the shards."""
+"""Where one rank's columns lie in the vocabulary, and what the shards tell each other."""
 
 from dataclasses import dataclass
 
@@ -26,22 +26,6 @@ class VocabShard:
         """The single-rank definition that every sharded result must equal."""
         return VocabShard(start=0, size=vocab_size)
 
-    def real(self, logits: Tensor) -> Tensor:
-        """The local logits without padding columns, float32, ``[..., size]``."""
-        return logits[..., : self.size].float()
-
-    def sum(self, value: Tensor) -> Tensor:
-        """Sum over the shards, in place where there is a group."""
-        if self.group is not None:
-            dist.all_reduce(value, group=self.group)
-        return value
-
-    def max(self, value: Tensor) -> Tensor:
-        """Maximum over the shards, in place where there is a group."""
-        if self.group is not None:
-            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
-        return value
-
     def gather(self, value: Tensor) -> Tensor:
         """Every shard's value in rank order, ``[shards, *value.shape]``; the same on every rank, not differentiable."""
         if self.group is None:
@@ -55,9 +39,3 @@ class VocabShard:
         """Local column of each label (0 where it lies elsewhere), and whether it lies here."""
         inside = (labels >= self.start) & (labels < self.start + self.size)
         return torch.where(inside, labels - self.start, 0), inside
-
-    def softmax_terms(self, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(shift, exponentials, total)`` of the softmax over all shards: shift and total are ``[...]``."""
-        shift = self.max(real.amax(-1))
-        exponentials = torch.exp(real - shift.unsqueeze(-1))
-        return shift, exponentials, self.sum(exponentials.sum(-1))
