@@ -1,0 +1,1 @@
+"""Inputs of the benchmarks and their float64 answers: one class per kind of work, made alike in every process."""

@@ -1,0 +1,14 @@
+"""Workloads ask for their rank: one process that is a group of its own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness.ranks import join_ranks
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    with join_ranks(rank=0, ranks=1, meeting=str(tmp_path / "meeting"), device="cpu"):
+        yield
