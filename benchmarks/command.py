@@ -45,7 +45,7 @@ def _one(name: str, options: argparse.Namespace, *, in_folder: bool) -> int:
     found = run(chosen, effort, quick=options.quick)
     _say(f"\n## {name}\n\n{render(found)}")
     if options.json is not None:
-        path = options.json / f"{name}.json" if in_folder else options.json
+        path = options.json / f"{name}.json" if in_folder or options.json.is_dir() else options.json
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         _say(f"[{name}] record in {path}")
@@ -92,13 +92,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("name", nargs="?", help="a benchmark; 'all' for those of the CPU, 'gpu' for those of a GPU")
     parser.add_argument("--list", action="store_true", help="name every benchmark and what it compares")
     parser.add_argument("--quick", action="store_true", help="small sizes, two rounds: does everything work?")
-    parser.add_argument("--json", type=Path, help="file for the record; a folder for 'all' and 'gpu'")
+    parser.add_argument("--json", type=Path, help="file for the record, or a folder, which 'all' and 'gpu' need")
     parser.add_argument(
-        "--rounds", type=int, default=0, help="turns of each contestant, instead of the benchmark's own"
+        "--rounds", type=_positive, default=0, help="turns of each contestant, instead of the benchmark's own"
     )
     parser.add_argument("--case", default="", help="only cases whose names contain this")
-    parser.add_argument("--threads", type=int, default=machine.cores(), help="threads of a contestant (default: cores)")
+    parser.add_argument(
+        "--threads", type=_positive, default=machine.cores(), help="threads of a contestant (default: cores)"
+    )
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 def _list() -> int:

@@ -124,6 +124,13 @@ def test_run_py_works_from_any_folder(tmp_path: Path) -> None:
     assert "there are: all, gpu, loss_logits" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--rounds", "--threads"])
+def test_no_turn_and_no_thread_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["loss_logits", option, "0"])
+    assert f"{option}: 0 is less than 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
