@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_klrl.mcore import checkpoint
 from tests.mcore.test_compat import resume, save_after_some_steps, straight
-from tests.mcore.test_layouts import GRADIENT_ERROR, LOGPROB_ATOL, Layout, measure, oracle
+from tests.mcore.test_layouts import Layout, check, measure, oracle
 from tests.support.models import MIXTURE, write_model
 from tests.support.ranks import run_ranks
 from tests.support.trainer import trainer
@@ -53,14 +53,7 @@ def test_every_layout_equals_transformers(folder: Path, layout: str) -> None:
     gradients = by_file_name(gradients)
     ranks, settings = LAYOUTS[layout]
     for result in run_ranks(ranks, measure, folder, (ranks, settings)):
-        torch.testing.assert_close(result.old_logprobs, logprobs, rtol=0, atol=LOGPROB_ATOL)
-        assert result.loss == pytest.approx(loss, rel=1e-4)
-        assert result.gradients.keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            error = (result.gradients[name] - gradient).norm() / gradient.norm()
-            assert error < GRADIENT_ERROR, f"{name}: relative error {error:.1e}"
-        norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-        assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
+        check(result, logprobs, loss, gradients)
 
 
 def weights_of(folder: Path, saved: Path, layout: dict[str, int]) -> dict[str, Tensor]:

@@ -103,6 +103,20 @@ def oracle(folder: Path) -> tuple[Tensor, float, dict[str, Tensor]]:
     return logprobs.detach().where(batch.response_mask, 0.0), loss.item(), gradients
 
 
+def check(result: Result, logprobs: Tensor, loss: float, gradients: dict[str, Tensor]) -> None:
+    """A rank's results are the oracle's."""
+    torch.testing.assert_close(result.old_logprobs, logprobs, rtol=0, atol=LOGPROB_ATOL)
+    torch.testing.assert_close(result.ref_logprobs, logprobs, rtol=0, atol=LOGPROB_ATOL)
+    assert result.full_kl.abs().max() < 1e-5, "policy and reference are the same model"
+    assert result.loss == pytest.approx(loss, rel=1e-4)
+    assert result.gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        error = (result.gradients[name] - gradient).norm() / gradient.norm()
+        assert error < GRADIENT_ERROR, f"{name}: relative error {error:.1e}"
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One folder per family."""
@@ -115,16 +129,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_every_layout_equals_transformers(folders: dict[str, Path], family: str, layout: str) -> None:
     logprobs, loss, gradients = oracle(folders[family])
     for result in run_ranks(LAYOUTS[layout][0], measure, folders[family], LAYOUTS[layout]):
-        torch.testing.assert_close(result.old_logprobs, logprobs, rtol=0, atol=LOGPROB_ATOL)
-        torch.testing.assert_close(result.ref_logprobs, logprobs, rtol=0, atol=LOGPROB_ATOL)
-        assert result.full_kl.abs().max() < 1e-5, "policy and reference are the same model"
-        assert result.loss == pytest.approx(loss, rel=1e-4)
-        assert result.gradients.keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            error = (result.gradients[name] - gradient).norm() / gradient.norm()
-            assert error < GRADIENT_ERROR, f"{name}: relative error {error:.1e}"
-        norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-        assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
+        check(result, logprobs, loss, gradients)
 
 
 @pytest.mark.parametrize("layout", ["one_rank", "tp2", "pp2"])
