@@ -289,6 +289,5 @@ def _loss_ratios(inputs: TokenInputs, config: KLConfig) -> Tensor | None:
 def _checked(values: Tensor, inputs: TokenInputs) -> Tensor:
     """Zero where masked, and finite: products of finite factors can still overflow."""
     masked = torch.where(inputs.mask, values, 0.0)
-    log_ratios = torch.nan_to_num(inputs.logprobs.detach() - inputs.ref_logprobs)
-    require_representable(masked, log_ratios, what="the KL term")
+    require_representable(masked, inputs.logprobs.detach() - inputs.ref_logprobs, what="the KL term")
     return masked
