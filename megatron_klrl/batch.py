@@ -28,7 +28,8 @@ class RolloutBatch(_Rows):
         tokens: ``[B, S + 1]`` int64 token ids, prompt then response then padding.
         response_mask: ``[B, S]`` bool, true where the target was sampled (end-of-sequence token included).
         rollout_logprobs: ``[B, S]`` float32 nats, log-probability the engine sampled the target with; 0 elsewhere.
-        rewards: ``[B]`` float32.
+        rewards: ``[B]`` float32, of the task alone.
+        truncated: ``[B]`` bool, whether the response was cut off at its longest.
         weight_version: ``[B]`` int64, the version of the weights that sampled the row.
     """
 
@@ -36,6 +37,7 @@ class RolloutBatch(_Rows):
     response_mask: Tensor
     rollout_logprobs: Tensor
     rewards: Tensor
+    truncated: Tensor
     weight_version: Tensor
 
     @property

@@ -12,13 +12,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_klrl.config.model_folder import ModelShape, describe_model, resolve_folder
 from megatron_klrl.config.recipe import DEFAULT_MICRO_BATCH_SIZE, Dtype, Recipe, WeightTransport
+from megatron_klrl.config.regularisation import BetaKind
 from megatron_klrl.errors import UserError
 from megatron_klrl.generation.vllm_engine import EngineSettings, VLLMEngine
+from megatron_klrl.kl.beta import BetaRule, Cosine, Fixed, Linear, Target
 from megatron_klrl.loop.parts import EvalTask, Parts
 from megatron_klrl.mcore import groups as process_groups
 from megatron_klrl.mcore.checkpoint import load_model
+from megatron_klrl.mcore.chunks import plain_chunks
 from megatron_klrl.mcore.compat import run_on_cpu
-from megatron_klrl.mcore.engine import MegatronEngine, TrainerSettings, plain_chunks
+from megatron_klrl.mcore.engine import MegatronEngine, TrainerSettings
 from megatron_klrl.mcore.microbatches import Batching, Rows
 from megatron_klrl.mcore.model import unwrap
 from megatron_klrl.mcore.optimizer import OptimizerSettings
@@ -102,7 +105,8 @@ def build_trainer(recipe: Recipe, place: Site) -> MegatronEngine:
             temperature=recipe.generation.temperature,
             head_chunk_tokens=recipe.head.chunk_tokens,
             recompute=recipe.memory.recompute,
-            with_reference=recipe.kl.beta > 0,
+            reference=_reference_folder(recipe, place),
+            averages_reference=recipe.reference.ema is not None,
             sync=SyncSettings(
                 kind=_transport(recipe.weight_sync.transport),
                 bucket_bytes=recipe.weight_sync.bucket_mib << 20,
@@ -118,6 +122,36 @@ def build_trainer(recipe: Recipe, place: Site) -> MegatronEngine:
             ),
         ),
     )
+
+
+def _reference_folder(recipe: Recipe, place: Site) -> Path | None:
+    if recipe.kl.beta == 0:
+        return None
+    return place.folder if recipe.reference.path is None else resolve_folder(recipe.reference.path)
+
+
+def _beta_rule(recipe: Recipe) -> BetaRule:
+    control, start = recipe.kl_control, recipe.kl.beta
+    steps = control.steps or recipe.loop.steps
+    if control.kind is BetaKind.TARGET:
+        return Target(
+            start=start,
+            target=_given(control.target, "target"),
+            gain=control.gain,
+            clip=control.clip,
+            low=control.low,
+            high=control.high,
+        )
+    if control.kind is BetaKind.FIXED:
+        return Fixed(value=start)
+    kind = Linear if control.kind is BetaKind.LINEAR else Cosine
+    return kind(start=start, final=_given(control.final, "final"), steps=steps)
+
+
+def _given(value: float | None, name: str) -> float:
+    if value is None:
+        raise ValueError(f"kl_control.{name} is missing: config/loop_rules.py refuses such a recipe")
+    return value
 
 
 def _transport(wanted: WeightTransport) -> Kind | None:
@@ -158,6 +192,7 @@ def build_parts(recipe: Recipe, place: Site, *, trainer: Any, engine: Any) -> Pa
         world=place.world,
         trainer=trainer,
         engine=engine,
+        beta_rule=_beta_rule(recipe),
         task=_task(recipe.data.train, place.tokenizer, seed=seeds.derive(recipe.loop.seed, "prompts"), shuffle=True),
         evaluation={
             name: EvalTask(

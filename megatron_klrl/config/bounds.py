@@ -5,7 +5,7 @@ A default depends on what it bounds, so the recipe says none where it means this
 
 from collections.abc import Mapping
 
-from megatron_klrl.config.recipe import AlgorithmSection, MismatchCorrection, MismatchSection, Surrogate
+from megatron_klrl.config.algorithm import AlgorithmSection, MismatchCorrection, MismatchSection, Surrogate
 
 Bounds = Mapping[str, float | None]
 
@@ -26,6 +26,8 @@ WEIGHT_RANGES: Mapping[MismatchCorrection, Bounds] = {
     MismatchCorrection.TOKEN_TRUNCATE: {"high": 2.0},
     # arXiv 2510.18855
     MismatchCorrection.TOKEN_MASK: {"low": 0.5, "high": 5.0},
+    # as for tokens
+    MismatchCorrection.PREFIX_TRUNCATE: {"high": 2.0},
     # Liu, Li et al. 2025; masked from above alone
     MismatchCorrection.SEQUENCE_TRUNCATE: {"high": 2.0},
     MismatchCorrection.SEQUENCE_MASK: {"low": 0.0, "high": 2.0},

@@ -59,10 +59,9 @@ _LEFT_OUT = """
 | PPO with a critic (default of verl and OpenRLHF) | there is no critic in this version, and no baseline here is one |
 | KL in GRPO's reward (verl, SkyRL `use_kl_in_reward`) | divided by the group's deviation: another weight per prompt |
 | whitened KL (NeMo-RL REINFORCE++, OpenRLHF `reinforce`) | its weight differs from batch to batch |
-| DAPO | needs dynamic sampling and overlong shaping; its KL is off, like that of `dr-grpo` |
 | prime-rl | its penalty is towards the policy that sampled, not towards a reference |
 | ROLL `kl_penalty: full` | sums over time, not over the vocabulary |
-| the paper's asynchronous study | needs stale rollouts; this version is on-policy |
+| the paper's asynchronous study | sets `loop.max_staleness` too: examples/recipes/countdown_qwen3_4b.yaml |
 """
 
 

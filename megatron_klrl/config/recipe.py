@@ -5,10 +5,11 @@ Paths are taken relative to the directory the command is started in.
 """
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, model_validator
 
+from megatron_klrl.config.algorithm import AlgorithmSection, MismatchSection
 from megatron_klrl.config.data import DataSection
 from megatron_klrl.config.fields import (
     Count,
@@ -21,6 +22,7 @@ from megatron_klrl.config.fields import (
     Share,
     Text,
 )
+from megatron_klrl.config.regularisation import KLControlSection, ReferenceSection
 from megatron_klrl.kl.config import KLConfig
 
 DEFAULT_MICRO_BATCH_SIZE = 16
@@ -41,42 +43,6 @@ class Fp8(StrEnum):
     DELAYED = "delayed"
     BLOCKWISE = "blockwise"
     MXFP8 = "mxfp8"
-
-
-class Advantage(StrEnum):
-    """How task rewards become advantages."""
-
-    RLOO = "rloo"
-    GRPO = "grpo"
-    DR_GRPO = "dr_grpo"
-
-
-class Surrogate(StrEnum):
-    """Objective whose gradient is the policy gradient."""
-
-    REINFORCE = "reinforce"
-    PPO_CLIP = "ppo_clip"
-    GSPO = "gspo"
-    CISPO = "cispo"
-
-
-class Aggregation(StrEnum):
-    """How per-token terms of the task-reward loss become one number; the KL term never passes through it."""
-
-    SEQUENCE_SUM = "sequence_sum"
-    SEQUENCE_MEAN = "sequence_mean"
-    TOKEN_MEAN = "token_mean"
-    CONSTANT_NORM = "constant_norm"
-
-
-class MismatchCorrection(StrEnum):
-    """What is done about the gap between the trainer's and the engine's log-probabilities."""
-
-    NONE = "none"
-    TOKEN_TRUNCATE = "token_truncate"
-    TOKEN_MASK = "token_mask"
-    SEQUENCE_TRUNCATE = "sequence_truncate"
-    SEQUENCE_MASK = "sequence_mask"
 
 
 class Engine(StrEnum):
@@ -157,43 +123,6 @@ class PrecisionSection(Section):
     """Weights and activations; gradients and optimiser state are fp32 in either case."""
     fp8: Fp8 = Fp8.NONE
     """8-bit matrix products."""
-
-
-class AlgorithmSection(Section):
-    """The policy gradient of the task reward; the KL term is the section kl."""
-
-    advantage: Advantage = Advantage.RLOO
-    """Baseline of the reward: rloo subtracts the mean of the other completions of the same prompt; grpo the mean of all
-    and divides by their deviation; dr_grpo the mean of all. The KL passes through none of them."""
-    surrogate: Surrogate = Surrogate.REINFORCE
-    """Objective that is differentiated: reinforce is advantage times log-probability; ppo_clip clips the ratio to the
-    policy before the update; gspo the ratio of whole responses; cispo only its weight. The KL passes through none."""
-    clip_low: Share | None = None
-    """Distance of the ratio's lower bound from 1; none: ppo_clip 0.2, gspo 0.0003, cispo 1 (no bound)."""
-    clip_high: PositiveNumber | None = None
-    """Distance of the ratio's upper bound from 1; none: ppo_clip 0.2, gspo 0.0004, cispo 4."""
-    dual_clip: Annotated[float, Field(strict=True, gt=1, allow_inf_nan=False)] | None = None
-    """Largest ratio of a token with a negative advantage, above 1; ppo_clip alone. none: no bound."""
-    aggregation: Aggregation = Aggregation.SEQUENCE_SUM
-    """sequence_sum is the gradient of the expected reward; the means weigh tokens by response length; constant_norm is
-    sequence_sum over norm_length. The entropy bonus passes through it, the KL does not."""
-    norm_length: Positive | None = None
-    """Divisor of constant_norm, in tokens; none: generation.max_tokens."""
-    entropy_bonus: NonNegativeNumber = 0.0
-    """Reward per nat of the policy's entropy at a response token, weighed by aggregation; 0 turns it off. Another
-    objective than the stated one: it pulls towards the uniform policy, the KL towards the reference."""
-
-
-class MismatchSection(Section):
-    """Weights of the policy gradient for the gap between trainer and engine; the KL has its own, kl.correction."""
-
-    correction: MismatchCorrection = MismatchCorrection.NONE
-    """With w = probability under the trainer over probability under the engine, of a token or (the product) of a
-    response: truncate takes the smaller of w and high, mask takes w inside [low, high] and 0 outside."""
-    low: NonNegativeNumber | None = None
-    """Smallest weight that is not masked; none: token_mask 0.5, sequence_mask 0."""
-    high: PositiveNumber | None = None
-    """Largest weight; none: 5 for token_mask, 2 for the others."""
 
 
 class OptimizerSection(Section):
@@ -277,9 +206,11 @@ class LoopSection(Section):
     group_size: Positive
     """Completions of each prompt."""
     updates_per_batch: Positive = 1
-    """Optimiser steps made from one batch of rollouts."""
+    """Optimiser steps of a train step, each on its own share of the batch's prompts; the engine gets the weights after
+    the last. All but the first train on rollouts of an older policy."""
     max_staleness: Count = 0
-    """Weight versions a rollout may be behind the policy that trains on it."""
+    """Weight versions by which rollouts are older than the policy that trains on them: sampling runs this many steps
+    ahead, as it does in asynchronous training. 0 samples every step from the current policy."""
     seed: Count = 0
     """Seed of prompts and sampling; the same seed and layout repeat the run."""
     micro_batch_size: Positive | None = None
@@ -338,6 +269,10 @@ class Recipe(Section):
     """The output layer and the loss."""
     kl: KLConfig = Field(default_factory=KLConfig)
     """The KL regularisation."""
+    kl_control: KLControlSection = Field(default_factory=KLControlSection)
+    """How beta changes over the run."""
+    reference: ReferenceSection = Field(default_factory=ReferenceSection)
+    """What the policy is held to."""
     algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)
     """The policy gradient of the task reward."""
     mismatch: MismatchSection = Field(default_factory=MismatchSection)

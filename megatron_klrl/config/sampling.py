@@ -1,6 +1,6 @@
 """What sampling does to the objective."""
 
-from megatron_klrl.config.recipe import GenerationSection
+from megatron_klrl.config.recipe import GenerationSection, LoopSection
 
 LOWEST_TEMPERATURE = 0.01
 """vLLM silently samples at this temperature where a lower one above 0 is asked for."""
@@ -20,3 +20,8 @@ def truncation(generation: GenerationSection) -> str | None:
         f"rollouts with {' and '.join(cuts)} come from a truncated distribution, not from the policy: the gradients "
         "of reward and KL are those of neither"
     )
+
+
+def on_policy(loop: LoopSection) -> bool:
+    """Whether every update trains on samples of exactly the policy that it changes."""
+    return loop.max_staleness == 0 and loop.updates_per_batch == 1

@@ -1,18 +1,19 @@
 """Rules that need more than one section, the model or the world: a function each; errors name the key to change."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
 
 from megatron_klrl.config.bounds import CLIPS, WEIGHT_RANGES, Bounds, weight_range
 from megatron_klrl.config.data import ArithmeticSource, JsonlSource
+from megatron_klrl.config.loop_rules import LOOP_RULES, LOOP_WARNINGS
 from megatron_klrl.config.model_folder import ModelShape, describe_model
 from megatron_klrl.config.presets import find_preset
 from megatron_klrl.config.prompt_lengths import count_rows, longest_prompt, longest_worked_answer
-from megatron_klrl.config.recipe import Aggregation, Fp8, Recipe, WeightTransport
-from megatron_klrl.config.sampling import LOWEST_TEMPERATURE, truncation
+from megatron_klrl.config.recipe import Fp8, Recipe, WeightTransport
+from megatron_klrl.config.sampling import LOWEST_TEMPERATURE, on_policy, truncation
 from megatron_klrl.errors import UserError
 from megatron_klrl.kl.refusal import refusal
 
@@ -48,7 +49,11 @@ def validate(recipe: Recipe, world_size: int) -> list[str]:
     plan = Plan(recipe=recipe, shape=describe_model(recipe.model.path), world_size=world_size)
     for rule in RULES:
         rule(plan)
-    return [text for warning in WARNINGS for text in warning(plan)]
+    for loop_rule in LOOP_RULES:
+        loop_rule(recipe)
+    check_kl(plan)
+    warned = [text for warning in WARNINGS for text in warning(plan)]
+    return warned + [text for warning in LOOP_WARNINGS for text in warning(recipe)]
 
 
 def check_tensor(plan: Plan) -> None:
@@ -149,24 +154,6 @@ def check_fp8(plan: Plan) -> None:
         raise UserError(problem, field="precision.fp8", fix="set precision.fp8=none")
 
 
-def check_on_policy(plan: Plan) -> None:
-    """Only strictly on-policy runs are in this version."""
-    loop = plan.recipe.loop
-    if loop.max_staleness != 0:
-        problem = f"is {loop.max_staleness}, but only runs without stale rollouts are in this version"
-        raise UserError(problem, field="loop.max_staleness", fix="set loop.max_staleness=0")
-    if loop.updates_per_batch != 1:
-        problem = f"is {loop.updates_per_batch}, but only one update per batch is in this version"
-        raise UserError(problem, field="loop.updates_per_batch", fix="set loop.updates_per_batch=1")
-
-
-def check_group_size(plan: Plan) -> None:
-    """Every advantage of this version compares completions of the same prompt."""
-    if plan.recipe.loop.group_size < 2:
-        problem = f"is 1, but {plan.recipe.algorithm.advantage} compares the completions of one prompt"
-        raise UserError(problem, field="loop.group_size", fix="set loop.group_size to 2 or more")
-
-
 def check_files(plan: Plan) -> None:
     """Files of prompts exist and hold as many rows as are asked for."""
     for field, source in sources(plan.recipe):
@@ -253,10 +240,10 @@ def check_sleep(recipe: Recipe, *, gpus: int) -> None:
 def check_kl(plan: Plan) -> None:
     """The KL configuration follows the stated objective, unless the user takes the bias knowingly."""
     kl = plan.recipe.kl
-    refused = None if kl.allow_biased else refusal(kl, on_policy=True)
+    refused = None if kl.allow_biased else refusal(kl, on_policy=on_policy(plan.recipe.loop))
     if refused is not None:
         near = refused.nearest
-        settings = ("objective", "estimator", "placement", "credit", "correction", "log_ratio_clamp")
+        settings = ("objective", "estimator", "placement", "credit", "correction", "log_ratio_clamp", "ratio_max")
         changed = {name: getattr(near, name) for name in settings if getattr(near, name) != getattr(kl, name)}
         changes = [f"kl.{name}={'null' if value is None else value}" for name, value in changed.items()]
         fix = f"set {' '.join(changes)}, or kl.allow_biased=true to run it all the same"
@@ -264,13 +251,8 @@ def check_kl(plan: Plan) -> None:
 
 
 def check_surrogate(plan: Plan) -> None:
-    """No bound stands beside a surrogate that does not have it, nor a divisor beside an aggregation that does not."""
-    algorithm = plan.recipe.algorithm
-    _check_taken("algorithm", algorithm, choice="surrogate", bounds=CLIPS)
-    if algorithm.norm_length is not None and algorithm.aggregation is not Aggregation.CONSTANT_NORM:
-        problem = f"is {algorithm.norm_length}, but aggregation {algorithm.aggregation} has no divisor"
-        fix = "set algorithm.norm_length=null, or algorithm.aggregation=constant_norm"
-        raise UserError(problem, field="algorithm.norm_length", fix=fix)
+    """No bound stands beside a surrogate that does not have it."""
+    _check_taken("algorithm", plan.recipe.algorithm, choice="surrogate", bounds=CLIPS)
 
 
 def check_mismatch(plan: Plan) -> None:
@@ -283,6 +265,20 @@ def check_mismatch(plan: Plan) -> None:
         field = "mismatch.high" if mismatch.low is None else "mismatch.low"
         fix = f"set mismatch.low below {high:g}, or mismatch.high above {low:g}"
         raise UserError(f"the range [{low:g}, {high:g}] keeps nothing", field=field, fix=fix)
+
+
+def check_reference_model(plan: Plan) -> None:
+    """Another reference has the policy's shape: the KL compares them token by token."""
+    path = plan.recipe.reference.path
+    if path is None:
+        return
+    try:
+        found = describe_model(path)
+    except UserError as error:
+        raise UserError(error.problem, field="reference.path", fix=error.fix) from error
+    if replace(found, path=plan.shape.path, eos_ids=plan.shape.eos_ids) != plan.shape:
+        problem = f"{path} is a model of another shape than model.path"
+        raise UserError(problem, field="reference.path", fix="name a model of the same architecture and vocabulary")
 
 
 def _check_taken(section: str, settings: BaseModel, *, choice: str, bounds: Mapping[Any, Bounds]) -> None:
@@ -300,7 +296,7 @@ def _check_taken(section: str, settings: BaseModel, *, choice: str, bounds: Mapp
 def warn_biased(plan: Plan) -> Iterator[str]:
     """A bias that was allowed is still said."""
     kl = plan.recipe.kl
-    refused = refusal(kl, on_policy=True) if kl.allow_biased else None
+    refused = refusal(kl, on_policy=on_policy(plan.recipe.loop)) if kl.allow_biased else None
     if refused is not None:
         yield f"kl.allow_biased: {refused.reason}"
     truncated = truncation(plan.recipe.generation) if kl.allow_biased else None
@@ -345,8 +341,6 @@ RULES: tuple[Callable[[Plan], None], ...] = (
     check_generation_world,
     check_weight_sync,
     check_fp8,
-    check_on_policy,
-    check_group_size,
     check_files,
     check_lengths,
     check_microbatch,
@@ -355,6 +349,6 @@ RULES: tuple[Callable[[Plan], None], ...] = (
     check_truncation,
     check_surrogate,
     check_mismatch,
-    check_kl,
+    check_reference_model,
 )
 WARNINGS: tuple[Callable[[Plan], Iterator[str]], ...] = (warn_biased, warn_preset_beta, warn_cut_answers)

@@ -23,7 +23,7 @@ from megatron_klrl.diagnostics.report import Check, Report, Verdict, verdict
 from megatron_klrl.kl.config import Credit, Estimator, KLConfig, Placement
 from megatron_klrl.loop.parts import Parts
 from megatron_klrl.loop.rollout import collate, rollouts
-from megatron_klrl.loop.step import assemble, policy_loss
+from megatron_klrl.loop.update import assemble, policy_loss
 from megatron_klrl.losses.policy_loss import kl_part
 from megatron_klrl.runtime import seeds
 

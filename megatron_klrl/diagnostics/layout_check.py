@@ -18,7 +18,7 @@ from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.diagnostics.report import Check, Report, verdict
 from megatron_klrl.loop.parts import Parts, TrainEngine
 from megatron_klrl.loop.rollout import collate, rollouts
-from megatron_klrl.loop.step import assemble, policy_loss
+from megatron_klrl.loop.update import assemble, policy_loss
 from megatron_klrl.losses.policy_loss import kl_part, policy_part
 from megatron_klrl.runtime.world import World
 

@@ -51,6 +51,10 @@ class KLConfig(BaseModel):
     """Bound on the log-ratio of k2 and k3, in nats: beyond it they go on along their tangent, so that a far token
     keeps a gradient; ``kl/clamp_fraction`` is logged. None clamps nothing."""
 
+    ratio_max: float | None = Field(default=None, ge=1.0, allow_inf_nan=False)
+    """Largest value of the correction's importance ratio: above it a term counts with this weight, its direction kept,
+    and ``kl/ratio_truncated_fraction`` says how often. Biased by what it cuts. None cuts nothing."""
+
     allow_biased: bool = False
     """Run although the configuration does not follow the stated objective under the run's sampling."""
 
@@ -74,6 +78,7 @@ class KLConfig(BaseModel):
             credit=axes.credit,
             correction=axes.correction,
             log_ratio_clamp=self.log_ratio_clamp if axes.estimator in CLAMPABLE else None,
+            ratio_max=self.ratio_max if axes.correction is not Correction.NONE else None,
             allow_biased=self.allow_biased,
         )
 
@@ -83,6 +88,15 @@ class KLConfig(BaseModel):
             raise ValueError(
                 f"kl.log_ratio_clamp has no effect on estimator {self.estimator}, which is straight beyond any bound "
                 "or has no sampled log-ratio; leave it out, or use k2 or k3"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ratio_max_has_an_effect(self) -> Self:
+        if self.ratio_max is not None and self.correction is Correction.NONE:
+            raise ValueError(
+                "kl.ratio_max has no effect with correction none, which has no ratio; leave it out, or set "
+                "kl.correction to token, prefix or sequence"
             )
         return self
 

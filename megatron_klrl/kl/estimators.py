@@ -200,7 +200,7 @@ def require_representable(values: Tensor, log_ratios: Tensor, *, what: str) -> N
     dtype = str(values.dtype).removeprefix("torch.")
     raise KLOverflowError(
         f"{what} overflows {dtype} at {named_indices(bad)}: log-ratio of {worst:.4g} nats; the policy has left the "
-        "reference or the rollout policy there"
+        "reference or the rollout policy there (kl.ratio_max bounds an importance ratio, kl.log_ratio_clamp k2 and k3)"
     )
 
 

@@ -1,5 +1,6 @@
 """What enters the KL term: checked, masked, and in the precision it is computed in."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class TokenInputs:
         full_kl: per-position full-vocabulary KL, zero where masked; None unless the estimator is ``exact``.
         mask: bool.
         log_ratio_clamp: bound on the log-ratio of k2 and k3, nats; None for none.
+        ratio_max: largest importance ratio; None for no bound.
     """
 
     logprobs: Tensor
@@ -34,6 +36,7 @@ class TokenInputs:
     full_kl: Tensor | None
     mask: Tensor
     log_ratio_clamp: float | None
+    ratio_max: float | None
 
     def estimates(self, estimator: Estimator) -> Tensor:
         """``[B, T]`` nats per token, differentiable, zero where masked."""
@@ -48,18 +51,29 @@ class TokenInputs:
 
     def token_ratios(self) -> Tensor:
         """``[B, T]`` rho_t = pi/mu, differentiable."""
-        return _ratios(self.policy_log_ratio, what="importance ratio of a token")
+        return self._ratios(self.policy_log_ratio, what="importance ratio of a token")
 
     def prefix_ratios(self, estimator: Estimator) -> Tensor:
         """``[B, T]`` product of the token ratios up to a token; without its own for ``exact``, which needs no token."""
         cumulated = self.policy_log_ratio.cumsum(-1)
         if estimator is Estimator.EXACT:
             cumulated = cumulated - self.policy_log_ratio
-        return _ratios(cumulated, what="importance ratio of a prefix")
+        return self._ratios(cumulated, what="importance ratio of a prefix")
 
     def sequence_ratios(self) -> Tensor:
         """``[B, 1]`` product of a sequence's token ratios."""
-        return _ratios(self.policy_log_ratio.sum(-1, keepdim=True), what="importance ratio of a sequence")
+        return self._ratios(self.policy_log_ratio.sum(-1, keepdim=True), what="importance ratio of a sequence")
+
+    def _ratios(self, log_ratios: Tensor, *, what: str) -> Tensor:
+        """Cut in the exponent, where nothing overflows. What is cut keeps its direction: value and gradient shrink by
+        one factor, as if the term had this weight.
+        """
+        if self.ratio_max is not None:
+            excess = (log_ratios.detach() - math.log(self.ratio_max)).clamp(min=0.0)
+            return (log_ratios - excess).exp()
+        ratios = log_ratios.exp()
+        require_representable(ratios, log_ratios, what=what)
+        return ratios
 
 
 def read_inputs(
@@ -97,6 +111,7 @@ def read_inputs(
         full_kl=masked.get("full_kl"),
         mask=mask,
         log_ratio_clamp=config.log_ratio_clamp,
+        ratio_max=config.ratio_max,
     )
 
 
@@ -112,9 +127,3 @@ def _check_shapes(tensors: dict[str, Tensor], mask: Tensor) -> None:
             raise ValueError(f"{name} must be floating point, is {tensor.dtype}")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, is {mask.dtype}; pass mask.bool()")
-
-
-def _ratios(log_ratios: Tensor, *, what: str) -> Tensor:
-    ratios = log_ratios.exp()
-    require_representable(ratios, log_ratios, what=what)
-    return ratios

@@ -33,11 +33,11 @@ def refusal(config: KLConfig, *, on_policy: bool) -> Refusal | None:
     if config.beta == 0.0:
         return None
     if expected_gradient(config.axes, on_policy=on_policy).follows(config.objective):
-        return _refused_clamp(config)
+        return _refused_clamp(config) or _refused_ratio_max(config, on_policy=on_policy)
     candidates = [
         axes for axes in meaningful_axes() if expected_gradient(axes, on_policy=on_policy).follows(config.objective)
     ]
-    unclamped = config.model_copy(update={"log_ratio_clamp": None})
+    unclamped = config.model_copy(update={"log_ratio_clamp": None, "ratio_max": None})
     nearest = unclamped.with_axes(
         nearest_axes(
             config.axes,
@@ -57,6 +57,17 @@ def _refused_clamp(config: KLConfig) -> Refusal | None:
         f"{config.log_ratio_clamp:g} nats"
     )
     return Refusal(reason=reason, nearest=config.model_copy(update={"log_ratio_clamp": None}))
+
+
+def _refused_ratio_max(config: KLConfig, *, on_policy: bool) -> Refusal | None:
+    """On-policy every ratio is 1, which no bound cuts."""
+    if config.ratio_max is None or on_policy:
+        return None
+    reason = (
+        f"kl {config.name} follows the {config.objective}-level KL, but not where kl.ratio_max cuts an importance "
+        f"ratio at {config.ratio_max:g}"
+    )
+    return Refusal(reason=reason, nearest=config.model_copy(update={"ratio_max": None}))
 
 
 def _correction_costs(*, on_policy: bool) -> dict[Correction, int]:

@@ -11,20 +11,34 @@ import torch.distributed as dist
 from megatron_klrl.errors import UserError
 
 _STATE, _RECIPE = "state.json", "recipe.yaml"
+WAITING = "rollouts.safetensors"
+"""Rollouts that were sampled ahead of their step."""
+REFERENCE = "reference"
+"""Folder of a reference that is no longer the one it was loaded from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """What a run needs to go on, besides model and optimizer. Prompts and seeds follow from the step.
+    """What a run needs to go on, besides tensors. Seeds follow from the step.
 
     Attributes:
         step: finished steps.
         weight_version: of the policy.
+        updates: optimizer steps taken.
+        next_prompt: place in the stream of training prompts.
+        beta_learnt: what the rule for beta has learnt; None where it learns nothing.
+        reference_step: step after which the reference was last changed; 0: it is as it was loaded.
+        reference_checksum: of the reference's weights; empty without a reference.
         reference_rates: success rates of the reference on the optimum's prompts.
     """
 
     step: int
     weight_version: int
+    updates: int = 0
+    next_prompt: int = 0
+    beta_learnt: float | None = None
+    reference_step: int = 0
+    reference_checksum: str = ""
     reference_rates: tuple[float, ...] = ()
 
 
@@ -35,7 +49,7 @@ def save(root: Path, state: RunState, recipe_text: str, write_tensors: Callable[
         root: the run's checkpoints folder.
         state: to store.
         recipe_text: resolved recipe, so that a checkpoint can be exported by itself.
-        write_tensors: writes model and optimizer into an existing, empty folder.
+        write_tensors: writes everything else into an existing, empty folder; collective.
     """
     final, partial = root / f"step_{state.step:06d}", root / f".writing_{state.step:06d}"
     if dist.get_rank() == 0:

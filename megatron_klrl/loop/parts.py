@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_klrl.batch import RolloutBatch, TokenScores, TrainBatch
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.generation.engine import GenerationEngine
+from megatron_klrl.kl.beta import BetaRule
 from megatron_klrl.losses.policy_loss import PolicyLoss
 from megatron_klrl.runtime.timers import Timers
 from megatron_klrl.runtime.world import World
@@ -92,6 +93,22 @@ class TrainEngine(Protocol):
         """Subtract ``eta`` times the last gradient that was kept whole from the weights."""
         ...
 
+    def follow_policy(self, *, decay: float) -> None:
+        """Move the reference towards the policy: ``decay`` times itself plus the rest of the policy; 0 copies it."""
+        ...
+
+    def reference_checksums(self) -> dict[str, str]:
+        """Of the reference's weights, as ``weight_checksums``."""
+        ...
+
+    def save_reference(self, folder: Path) -> None:
+        """Write the reference."""
+        ...
+
+    def load_reference(self, folder: Path) -> None:
+        """Read the reference back, from any layout."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write model and optimizer."""
         ...
@@ -126,6 +143,7 @@ class Parts:
     world: World
     trainer: TrainEngine
     engine: GenerationEngine
+    beta_rule: BetaRule
     task: Task
     evaluation: Mapping[str, EvalTask]
     stop_ids: tuple[int, ...]

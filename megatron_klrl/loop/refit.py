@@ -1,7 +1,5 @@
 """Weights from the trainer into the engines, and the proof that they arrived."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +12,7 @@ from megatron_klrl.generation.refit import RefitReport
 from megatron_klrl.loop.parts import Parts
 from megatron_klrl.loop.rollout import Rollouts, collate, sample_everywhere
 from megatron_klrl.runtime import seeds
+from megatron_klrl.weight_sync.checksum import digest
 
 BOUNDS: Mapping[Dtype, tuple[float, float]] = {Dtype.FP32: (1e-4, 2e-3), Dtype.BF16: (5e-2, 1.0)}
 """Largest mean and largest single |trainer - engine| log-probability, nats, between engines that hold the same weights.
@@ -92,7 +91,7 @@ def difference(parts: Parts, report: RefitReport) -> str | None:
     None if all are. The same on every rank.
     """
     sides = {"trainer": parts.trainer.weight_checksums(), "engine": dict(report.checksums or {})}
-    digests = _gathered({side: _digest(found) for side, found in sides.items()})
+    digests = _gathered({side: digest(found) for side, found in sides.items()})
     wanted = digests[0]["trainer"]
     if all(digest == wanted for rank in digests for digest in rank.values()):
         return None
@@ -137,7 +136,3 @@ def _gathered[T](mine: T) -> list[T]:
     found: list[T] = [mine] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return found
-
-
-def _digest(found: Mapping[str, str]) -> str:
-    return hashlib.blake2b(json.dumps(sorted(found.items())).encode()).hexdigest()

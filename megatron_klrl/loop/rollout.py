@@ -124,6 +124,7 @@ def collate(found: Rollouts, *, device: torch.device) -> RolloutBatch:
         response_mask=mask.to(device),
         rollout_logprobs=logprobs.to(device),
         rewards=torch.tensor(found.rewards, dtype=torch.float32, device=device),
+        truncated=torch.tensor([c.finish_reason == "length" for c in found.completions], device=device),
         weight_version=versions.to(device),
     )
 

@@ -1,20 +1,24 @@
 """The loop of a training run."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_klrl.config.load import dump_recipe
-from megatron_klrl.loop import checkpoints, optimum
+from megatron_klrl.loop import checkpoints, optimum, reference, rollout_file
+from megatron_klrl.loop.buffer import RolloutBuffer
 from megatron_klrl.loop.checkpoints import RunState
 from megatron_klrl.loop.evaluation import evaluate
 from megatron_klrl.loop.export import write_hf_folder
 from megatron_klrl.loop.parts import Parts
+from megatron_klrl.loop.producer import Producer
 from megatron_klrl.loop.record import RunRecord, point_text
 from megatron_klrl.loop.refit import due, refit
-from megatron_klrl.loop.rollout import Rollouts, collate, rollouts
+from megatron_klrl.loop.rollout import collate
 from megatron_klrl.loop.samples import records
 from megatron_klrl.loop.step import train_on
 from megatron_klrl.metrics import step as step_metrics
@@ -56,18 +60,31 @@ class Run:
         """
         self.parts, self.run_dir, self._console = parts, run_dir, console
         self._tokenizer, self._source, self._facts = tokenizer, source, facts
-        self.state = self._restore() if resume else RunState(step=0, weight_version=0)
+        self._producer = Producer(parts, next_prompt=0)
+        loop = parts.recipe.loop
+        self._buffer = RolloutBuffer(self._producer, max_staleness=loop.max_staleness, last_step=loop.steps)
+        self.state = self._restore() if resume else self._fresh()
         self._has_refitted = resume
         self.record = None
         if parts.world.is_main:
             self.record = RunRecord(run_dir, first_step=self.state.step, console=console)
             self.record.card(Card(facts={**facts, "steps": "running"}), step=self.state.step)
 
+    def _fresh(self) -> RunState:
+        found = reference.checksum(self.parts)
+        return RunState(step=0, weight_version=0, reference_checksum=found)
+
     def _restore(self) -> RunState:
         folder = checkpoints.newest(self.run_dir / "checkpoints")
         state = checkpoints.read_state(folder)
         self.parts.trainer.load(folder)
-        self.parts.trainer.step = state.step
+        self.parts.trainer.step = state.updates
+        if state.reference_step:
+            self.parts.trainer.load_reference(folder / checkpoints.REFERENCE)
+        reference.check(self.parts, folder, state.reference_checksum)
+        self._producer.next_prompt = state.next_prompt
+        if (folder / checkpoints.WAITING).exists():
+            self._buffer.restore(rollout_file.read(folder / checkpoints.WAITING, self.parts.task))
         refit(self.parts, version=state.weight_version, verify=True)
         self._console.say(f"  resumed from {folder} at step {state.step}")
         return state
@@ -99,56 +116,71 @@ class Run:
             self.state = replace(self.state, reference_rates=tuple(rates))
 
     def _step(self, step: int) -> dict[str, float]:
-        parts, timers = self.parts, self.parts.timers
+        parts, timers, loop = self.parts, self.parts.timers, self.parts.recipe.loop
+        beta = parts.beta_rule.beta(step, self.state.beta_learnt)
         with timers.span("step"):
             with timers.span("generate"):
-                found = self._rollouts(step)
+                dropped = self._buffer.fill(step, weight_version=self.state.weight_version)
+            produced = self._buffer.take(step)
             parts.engine.sleep()
-            batch = collate(found, device=parts.world.device)
+            batch = collate(produced.rollouts, device=parts.world.device)
             values = step_metrics.of_rollouts(batch, weight_version=self.state.weight_version)
-            every = parts.recipe.loop.split_gradient_every
-            split = parts.recipe.kl.beta > 0 and every > 0 and step % every == 0
-            metrics, scores = train_on(batch, parts, split_gradient=split)
+            every = loop.split_gradient_every
+            split = beta > 0 and every > 0 and step % every == 0
+            metrics, scores = train_on(batch, parts, beta=beta, split_gradient=split)
+            moved = reference.after_step(parts, step=step)
             with timers.span("sync"):
                 version = self.state.weight_version + 1
                 first = not self._has_refitted
                 verified = refit(parts, version=version, verify=due(parts.recipe, version=version, first=first))
                 self._has_refitted = True
-        self.state = replace(self.state, step=step, weight_version=version)
-        if self.record:
-            self.record.samples(step, records(found, batch, scores, self._tokenizer, count=_SAMPLES_KEPT))
-        times = timers.take()
-        tokens = float(batch.lengths.sum())
-        values |= metrics | verified | times
-        values["throughput/tokens_per_s"] = tokens / times["time/step_s"]
-        values["memory/peak_gib"] = peak_gib()
+        values |= metrics | verified
+        values["reward/equal_groups"] = produced.equal_groups
+        values["response/sampling_rounds"] = produced.rounds
+        values["staleness/dropped"] = dropped
         if "kl/exact" in values:
-            values["objective/mean"] = values["reward/mean"] - values["kl/beta"] * values["kl/exact"]
-        return values
-
-    def _rollouts(self, step: int) -> Rollouts:
-        recipe = self.parts.recipe
-        prompts = self.parts.task.prompts((step - 1) * recipe.loop.prompts_per_step, recipe.loop.prompts_per_step)
-        return rollouts(
-            self.parts,
-            self.parts.task,
-            prompts,
-            samples=recipe.loop.group_size,
-            temperature=recipe.generation.temperature,
-            purpose=("rollout", step),
-            top_p=recipe.generation.top_p,
-            top_k=recipe.generation.top_k,
+            values["kl/reference_step"] = self.state.reference_step
+            values["objective/mean"] = values["reward/mean"] - beta * values["kl/exact"]
+        self.state = replace(
+            self.state,
+            step=step,
+            updates=parts.trainer.step,
+            weight_version=version,
+            next_prompt=self._producer.next_prompt,
+            beta_learnt=parts.beta_rule.learn(beta, values.get("kl/exact", 0.0)),
+            reference_step=step if moved else self.state.reference_step,
         )
+        if self.record:
+            found = records(produced.rollouts, batch, scores, self._tokenizer, count=_SAMPLES_KEPT)
+            self.record.samples(step, found)
+        times = timers.take()
+        values["throughput/tokens_per_s"] = float(batch.lengths.sum()) / times["time/step_s"]
+        values["memory/peak_gib"] = peak_gib()
+        return values | times
 
     def checkpoint(self) -> Path:
         """Write a checkpoint of the current state; collective."""
-        return checkpoints.save(
-            self.run_dir / "checkpoints", self.state, dump_recipe(self.parts.recipe), self.parts.trainer.save
-        )
+        if self.state.reference_step:
+            self.state = replace(self.state, reference_checksum=reference.checksum(self.parts))
+        root, recipe = self.run_dir / "checkpoints", dump_recipe(self.parts.recipe)
+        return checkpoints.save(root, self.state, recipe, self._write_tensors)
+
+    def _write_tensors(self, folder: Path) -> None:
+        self.parts.trainer.save(folder)
+        if self.state.reference_step:
+            within = folder / checkpoints.REFERENCE
+            if self.parts.world.is_main:
+                within.mkdir()
+            dist.barrier()
+            self.parts.trainer.save_reference(within)
+        if self.parts.world.is_main and self._buffer.waiting:
+            rollout_file.write(folder / checkpoints.WAITING, self._buffer.waiting)
 
     def export(self) -> Path:
-        """Write the policy as a Hugging Face folder; collective."""
+        """Write the policy as a Hugging Face folder, in place of what an earlier end of this run left; collective."""
         to = self.run_dir / "hf"
+        if self.record is not None:
+            shutil.rmtree(to, ignore_errors=True)
         write_hf_folder(self.parts.trainer.export_weights(), source=self._source, to=to, writes=self.record is not None)
         return to
 
@@ -165,6 +197,9 @@ class Run:
             return
         self.record.audit(self.parts.recipe.kl)
         results = {"steps": str(self.state.step), "result": str(exported)}
+        if self.state.reference_checksum:
+            since = f"step {self.state.reference_step}" if self.state.reference_step else "its folder"
+            results["reference"] = f"as of {since}, checksum {self.state.reference_checksum}"
         if report is not None:
             self.record.optimum(report)
             results["reached"] = point_text(report.reached)

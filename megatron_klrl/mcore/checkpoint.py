@@ -41,6 +41,11 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, groups: Process
     torch_adam_finish_load(optimizer)
 
 
+def save_model(folder: Path, chunks: Sequence[Any], *, groups: ProcessGroups) -> None:
+    """Write a model alone; collective. The folder must exist and be empty."""
+    dist_checkpointing.save(_sharded_chunks(chunks, groups), str(folder))
+
+
 def load_model(folder: Path, chunks: Sequence[Any], *, groups: ProcessGroups) -> None:
     """Fill a model alone."""
     _fill(chunks, _read(folder, _sharded_chunks(chunks, groups)))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_klrl.batch import RolloutBatch, TokenScores, TrainBatch
@@ -14,12 +13,14 @@ from megatron_klrl.config.model_folder import ModelShape
 from megatron_klrl.config.recipe import Recompute
 from megatron_klrl.losses.policy_loss import PolicyLoss, kl_part, policy_part
 from megatron_klrl.mcore import checkpoint, conversion, microbatches, moves, optimizer, passes
+from megatron_klrl.mcore.chunks import plain_chunks
 from megatron_klrl.mcore.groups import ProcessGroups
 from megatron_klrl.mcore.head import Head
 from megatron_klrl.mcore.microbatches import Batching, Microbatch
-from megatron_klrl.mcore.model import build_model, padded_vocab_size, transformer_config, unwrap
+from megatron_klrl.mcore.model import padded_vocab_size, unwrap
 from megatron_klrl.mcore.optimizer import OptimizerSettings
 from megatron_klrl.mcore.passes import AtHead, Mode
+from megatron_klrl.mcore.reference import Reference
 from megatron_klrl.mcore.streams import Streams, SyncSettings
 from megatron_klrl.runtime.world import World
 from megatron_klrl.vocab_parallel.head import ReferenceHead
@@ -42,7 +43,8 @@ class TrainerSettings:
         temperature: divides the logits of policy and reference alike: that of the sampling.
         head_chunk_tokens: most tokens whose logits are alive at once; None takes all of a microbatch.
         recompute: activations computed again in the backward.
-        with_reference: hold a frozen copy of the starting weights.
+        reference: Hugging Face folder of the reference; None holds none.
+        averages_reference: the reference will be a running average of the policy.
         optimizer: of the policy.
         sync: how weights leave the trainer.
     """
@@ -52,7 +54,8 @@ class TrainerSettings:
     temperature: float
     head_chunk_tokens: int | None
     recompute: Recompute
-    with_reference: bool
+    reference: Path | None
+    averages_reference: bool
     optimizer: OptimizerSettings
     sync: SyncSettings
 
@@ -116,11 +119,11 @@ class MegatronEngine:
             world: this rank's place.
             groups: the layout.
             shape: of the model.
-            folder: Hugging Face folder both models start from.
+            folder: Hugging Face folder that the policy starts from.
             settings: how to compute.
         """
         self.world, self.groups, self.shape = world, groups, shape
-        self._folder, self._settings = folder, settings
+        self._settings = settings
         columns = padded_vocab_size(shape.vocab_size, groups.tp.size()) // groups.tp.size()
         start = columns * groups.tp.rank()
         self._head = Head(
@@ -130,9 +133,9 @@ class MegatronEngine:
             temperature=settings.temperature,
             chunk_tokens=settings.head_chunk_tokens,
         )
-        self.reference = self._plain_chunks() if settings.with_reference else None
+        self.reference = None if settings.reference is None else self._reference(settings.reference)
         self.chunks, self.optimizer = optimizer.trained(
-            self._plain_chunks(), settings.optimizer, dtype=settings.dtype, device=world.device
+            self._plain_chunks(folder, settings.dtype), settings.optimizer, dtype=settings.dtype, device=world.device
         )
         self._streams = Streams(self._bare(), shape=shape, groups=groups, world=world, settings=settings.sync)
         self.step = 0
@@ -173,9 +176,7 @@ class MegatronEngine:
             found[id(microbatch)] = ReferenceHead(hidden=hidden, weight=at.weight.detach())
             return hidden.new_zeros(())  # the schedule collects something; what counts is kept above
 
-        if self.reference is None:
-            raise ValueError("the full-vocabulary KL needs a reference: build the trainer with one")
-        passes.run(self.reference, rows, on_head=on_head, mode=Mode.FORWARD, groups=self.groups)
+        passes.run(self._present_reference().chunks, rows, on_head=on_head, mode=Mode.FORWARD, groups=self.groups)
         return found
 
     # -- training --------------------------------------------------------------------------------------------------
@@ -249,6 +250,29 @@ class MegatronEngine:
     def _bare(self) -> list[Any]:
         return [unwrap(chunk) for chunk in self.chunks]
 
+    # -- reference -------------------------------------------------------------------------------------------------
+
+    def follow_policy(self, *, decay: float) -> None:
+        """Move the reference towards the policy: ``decay`` times itself plus the rest of the policy; 0 copies it."""
+        self._present_reference().follow(self._bare(), decay=decay)
+
+    def reference_checksums(self) -> dict[str, str]:
+        """Checksums of the reference's weights under Hugging Face names; the same on every rank."""
+        return self._streams.checksums([unwrap(chunk) for chunk in self._present_reference().chunks])
+
+    def save_reference(self, folder: Path) -> None:
+        """Write the reference to an existing, empty folder."""
+        self._present_reference().save(folder, groups=self.groups)
+
+    def load_reference(self, folder: Path) -> None:
+        """Read the reference back, whatever layout wrote it."""
+        self._present_reference().load(folder, groups=self.groups)
+
+    def _present_reference(self) -> Reference:
+        if self.reference is None:
+            raise ValueError("there is no reference: build the trainer with one")
+        return self.reference
+
     # -- weights ---------------------------------------------------------------------------------------------------
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -309,12 +333,18 @@ class MegatronEngine:
         """Read model and optimizer back, whatever layout wrote them."""
         checkpoint.load(folder, self.chunks, self.optimizer, groups=self.groups)
 
-    def _plain_chunks(self) -> list[Any]:
+    def _reference(self, folder: Path) -> Reference:
+        settings = self._settings
+        chunks = self._plain_chunks(folder, settings.dtype)
+        keeps_exact = settings.averages_reference and settings.dtype != torch.float32
+        return Reference(chunks, exact=self._plain_chunks(folder, torch.float32) if keeps_exact else None)
+
+    def _plain_chunks(self, folder: Path, dtype: torch.dtype) -> list[Any]:
         return plain_chunks(
             self.shape,
-            self._folder,
+            folder,
             groups=self.groups,
-            dtype=self._settings.dtype,
+            dtype=dtype,
             device=self.world.device,
             sequence_parallel=self._settings.batching.sequence_parallel,
             recompute=self._settings.recompute,
@@ -325,27 +355,3 @@ def _main_grad(parameter: torch.nn.Parameter) -> Tensor:
     """The gradient buffer that Megatron's DDP attaches to a parameter."""
     gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]
     return gradient
-
-
-def plain_chunks(
-    shape: ModelShape,
-    folder: Path,
-    *,
-    groups: ProcessGroups,
-    dtype: torch.dtype,
-    device: torch.device,
-    sequence_parallel: bool = False,
-    recompute: Recompute = Recompute.NONE,
-) -> list[Any]:
-    """This rank's part of a model with the weights of a Hugging Face folder; no gradients are reduced or applied."""
-    config = transformer_config(
-        shape, groups=groups, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute
-    )
-    built = [
-        build_model(shape, config, groups=groups, max_sequence_length=shape.max_position_embeddings, chunk=chunk).to(
-            device
-        )
-        for chunk in range(groups.virtual)
-    ]
-    conversion.load_hf(built, folder, shape=shape, groups=groups)
-    return [Float16Module(config, chunk) for chunk in built] if dtype == torch.bfloat16 else built

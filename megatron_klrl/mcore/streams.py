@@ -80,9 +80,13 @@ class Streams:
         transport: Transport = InProcess() if self.kind is Kind.IN_PROCESS else Broadcast(self._group)
         yield from stream(self.plan, parts, transport)
 
-    def checksums(self) -> dict[str, str]:
-        """Of every tensor, summed over the parts where they lie: no transport has touched what they are made of."""
-        parts = conversion.parts_by_name(self._chunks, groups=self._groups)
+    def checksums(self, chunks: Sequence[Any] | None = None) -> dict[str, str]:
+        """Of every tensor, summed over the parts where they lie: no transport has touched what they are made of.
+
+        Args:
+            chunks: of another model with the same layout, unwrapped; None: the model that is streamed.
+        """
+        parts = conversion.parts_by_name(self._chunks if chunks is None else chunks, groups=self._groups)
         sums = held_sums(self.plan, parts, holder=self._group.rank())
         dist.all_reduce(sums, group=self._group)
         names = (tensor.name for bucket in self.plan for tensor in bucket.tensors)

@@ -21,7 +21,15 @@ class Metric:
 METRICS = (
     Metric("reward/mean", "reward", "mean task reward of the step's completions, KL not included"),
     Metric("reward/std", "reward", "standard deviation of the task reward over the step's completions"),
+    Metric(
+        "reward/length_penalty", "reward", "mean of what algorithm.overlong=penalty takes from the reward, at most 0"
+    ),
+    Metric(
+        "reward/equal_groups", "fraction", "prompts whose completions all have the same reward: no baseline sees them"
+    ),
     Metric("response/length_mean", "tokens", "mean response length, end-of-sequence token included"),
+    Metric("response/truncated_fraction", "fraction", "responses cut off at generation.max_tokens"),
+    Metric("response/sampling_rounds", "1", "further rounds of prompts that algorithm.dynamic_sampling_rounds took"),
     Metric("kl/k1", "nats per sequence", "k1 estimate of KL(policy || reference); unbiased, can be negative"),
     Metric("kl/k3", "nats per sequence", "k3 estimate of KL(policy || reference); unbiased, never negative"),
     Metric(
@@ -30,6 +38,15 @@ METRICS = (
     Metric("kl/p95", "nats per token", "95th percentile over response tokens of the full-vocabulary KL"),
     Metric("kl/max", "nats per token", "maximum over response tokens of the full-vocabulary KL"),
     Metric("kl/clamp_fraction", "fraction", "response tokens beyond kl.log_ratio_clamp; only where one is set"),
+    Metric(
+        "kl/ratio_ess",
+        "fraction",
+        "effective sample size of the ratios of kl.correction, (sum w)^2 / (n sum w^2), n tokens or sequences; only "
+        "with a correction",
+    ),
+    Metric("kl/ratio_log_max", "nats", "largest of their logarithms, before kl.ratio_max"),
+    Metric("kl/ratio_truncated_fraction", "fraction", "of them above kl.ratio_max"),
+    Metric("kl/reference_step", "steps", "step after which the reference was last changed; 0: it is as it was loaded"),
     Metric("kl/beta", "reward per nat", "weight of the KL in the objective"),
     Metric("objective/mean", "reward", "reward/mean - kl/beta * kl/exact: the objective that is maximised"),
     Metric("policy/entropy", "nats per token", "mean entropy of the policy over response tokens"),
@@ -67,6 +84,7 @@ METRICS = (
     ),
     Metric("staleness/mean", "versions", "mean of weight version trained minus weight version sampled"),
     Metric("staleness/max", "versions", "its maximum"),
+    Metric("staleness/dropped", "rollouts", "dropped because they would have been older than loop.max_staleness"),
     Metric("time/generate_s", "s", "sampling, verification included"),
     Metric("time/score_s", "s", "forward passes of policy and reference"),
     Metric("time/train_s", "s", "forward, backward and optimizer step"),
@@ -87,6 +105,8 @@ PANELS = {
     },
     "Is the KL right?": {
         "KL(policy || reference), nats per sequence": ["kl/k1", "kl/k3", "kl/exact"],
+        "beta, reward per nat": ["kl/beta"],
+        "effective share of the KL's importance ratios": ["kl/ratio_ess"],
         "per token: 95th percentile and maximum, nats": ["kl/p95", "kl/max"],
         "entropy, nats per token": ["policy/entropy"],
         "gradient norm: whole and KL part": ["grad/norm", "grad/kl_norm"],

@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 
 from megatron_klrl.batch import RolloutBatch, TokenScores
+from megatron_klrl.kl.config import KLConfig
 from megatron_klrl.kl.estimators import k1, k3
+from megatron_klrl.kl.ratios import importance_ratios
+from megatron_klrl.metrics.weights import effective_share
 from megatron_klrl.rl.mismatch import MismatchWeights
 
 
@@ -15,6 +18,7 @@ def of_rollouts(batch: RolloutBatch, *, weight_version: int) -> dict[str, float]
         "reward/mean": float(batch.rewards.mean()),
         "reward/std": float(batch.rewards.std(correction=0)),
         "response/length_mean": float(batch.lengths.float().mean()),
+        "response/truncated_fraction": float(batch.truncated.float().mean()),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": float(staleness.max()),
     }
@@ -48,7 +52,21 @@ def of_mismatch(weights: MismatchWeights) -> dict[str, float]:
     """What the correction for the gap between trainer and engine did to the weights of the policy gradient."""
     return {
         f"mismatch/{weights.action}_fraction": weights.bounded_fraction(),
-        "mismatch/ess": weights.effective_share(),
+        "mismatch/ess": effective_share(weights.values[weights.counted]),
+    }
+
+
+def of_kl_ratios(batch: RolloutBatch, scores: TokenScores, kl: KLConfig) -> dict[str, float]:
+    """What the KL's own importance correction works with, at the start of the step; empty without one."""
+    ratios = None
+    if kl.beta > 0:
+        ratios = importance_ratios(scores.old_logprobs, batch.rollout_logprobs, batch.response_mask, config=kl)
+    if ratios is None:
+        return {}
+    return {
+        "kl/ratio_ess": effective_share(ratios.values),
+        "kl/ratio_log_max": ratios.log_largest,
+        "kl/ratio_truncated_fraction": ratios.truncated_fraction,
     }
 
 

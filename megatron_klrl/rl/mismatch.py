@@ -1,14 +1,16 @@
-"""Weights that correct the policy gradient for the gap between the trainer and the engine that sampled.
+"""Weights that correct the policy gradient for the gap between the policy that trains and the one that sampled.
 
-``w = pi_old / mu``: the trainer's own recompute over what the engine sampled with; where both hold the same weights it
-is 1 but for numerics. It multiplies the policy-gradient term alone: the KL has a correction of its own
-(``kl.correction``), the entropy bonus none. Denominators stay what they were: what is masked is not made up for.
+``w = pi_old / mu``: the trainer's own recompute over what the engine sampled with. Where both hold the same weights
+it is 1 but for numerics; with stale rollouts it holds the updates in between. It multiplies the policy-gradient term
+alone: the KL has a correction of its own (``kl.correction``), the entropy bonus none. Denominators stay what they were:
+what is masked is not made up for.
 
 The weight of a sequence is the product over its tokens, not the geometric mean. The product is the importance weight of
 what was sampled, so a sequence correction is unbiased up to its bounds. The mean does not grow with length, so that one
 threshold suits all, but it is the importance weight of nothing.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -48,17 +50,6 @@ class MismatchWeights:
         """Share of the counted tokens (or sequences) on which the bound acted."""
         return float((self.bounded & self.counted).sum() / self.counted.sum().clamp(min=1))
 
-    def effective_share(self) -> float:
-        """Effective sample size over the number of tokens (or sequences): ``(sum w)**2 / (n sum w**2)``.
-
-        1 for equal weights, 1/n where a single one counts, 0 where none is left.
-
-        Source: Kish 1965, "Survey Sampling".
-        """
-        weights = self.values[self.counted].double()
-        squares = weights.square().sum() * weights.numel()
-        return float(weights.sum().square() / squares) if squares > 0 else 0.0
-
 
 def token_truncate(old_logprobs: Tensor, rollout_logprobs: Tensor, *, mask: Tensor, high: float) -> MismatchWeights:
     """``min(w_t, high)``: no token counts more than ``high`` times; biased where truncated, and by the prefix left out.
@@ -89,6 +80,26 @@ def token_mask(
     Source: Ling Team 2025 (IcePop), arXiv 2510.18855.
     """
     return _masked(_token_weights(old_logprobs, rollout_logprobs, mask), mask, low=low, high=high)
+
+
+def prefix_truncate(old_logprobs: Tensor, rollout_logprobs: Tensor, *, mask: Tensor, high: float) -> MismatchWeights:
+    """``min(prod_{u <= t} w_u, high)``: a token with all that led to it; unbiased up to the bound for per-token credit.
+
+    What follows a token is left out of its weight, so for an advantage of the whole response the weight is that of the
+    prefix alone: less variance than `sequence_truncate`, unbiased only where the advantage does not depend on it.
+
+    Args:
+        old_logprobs: as in `token_truncate`.
+        rollout_logprobs: see there.
+        mask: see there.
+        high: largest weight.
+
+    Source: Precup, Sutton & Singh 2000, "Eligibility traces for off-policy policy evaluation" (per-decision).
+    """
+    log_weights = (old_logprobs - rollout_logprobs).where(mask, 0.0).detach().cumsum(-1)
+    # cut before the exponential: a long prefix may overflow it
+    values = log_weights.clamp(max=math.log(high)).exp()
+    return MismatchWeights(values=values, bounded=log_weights > math.log(high), counted=mask, action=Action.TRUNCATED)
 
 
 def sequence_truncate(old_logprobs: Tensor, rollout_logprobs: Tensor, *, mask: Tensor, high: float) -> MismatchWeights:
@@ -127,6 +138,7 @@ def sequence_mask(
 CORRECTIONS: dict[str, Callable[..., MismatchWeights]] = {
     "token_truncate": token_truncate,
     "token_mask": token_mask,
+    "prefix_truncate": prefix_truncate,
     "sequence_truncate": sequence_truncate,
     "sequence_mask": sequence_mask,
 }

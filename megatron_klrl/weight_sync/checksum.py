@@ -1,5 +1,7 @@
 """Checksums of tensors that do not depend on how a tensor is laid out, cut or moved."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
@@ -26,6 +28,11 @@ def checksum(tensor: Tensor) -> str:
 def checksums(weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """Of every tensor of a stream."""
     return {name: checksum(tensor) for name, tensor in weights}
+
+
+def digest(found: Mapping[str, str]) -> str:
+    """One checksum for all, by name: 32 hexadecimal digits."""
+    return hashlib.blake2b(json.dumps(sorted(found.items())).encode(), digest_size=16).hexdigest()
 
 
 def held_sums(plan: Sequence[Bucket], parts: Mapping[str, Tensor], *, holder: int) -> Tensor:

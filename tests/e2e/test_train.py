@@ -74,7 +74,8 @@ def test_metrics_are_complete_and_make_sense(trained: Trained) -> None:
     sometimes = {"grad/kl_norm", "grad/policy_kl_cosine"}
     expected = {metric.name for metric in METRICS if not metric.name.startswith("eval/")}
     verified = {"time/verify_s", "mismatch/verified_abs_max"}
-    corrected = {"mismatch/ess", "mismatch/truncated_fraction", "mismatch/masked_fraction"}
+    corrected = {"mismatch/ess", "mismatch/truncated_fraction", "mismatch/masked_fraction", "kl/ratio_ess"}
+    corrected |= {"kl/ratio_log_max", "kl/ratio_truncated_fraction", "reward/length_penalty"}
     expected -= sometimes | verified | corrected | {"kl/clamp_fraction"}
     for row in rows[1:]:
         assert expected <= row.keys()

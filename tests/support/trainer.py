@@ -33,6 +33,7 @@ def trainer(
     head_chunk_tokens: int | None = 7,
     recompute: Recompute = Recompute.NONE,
     with_reference: bool = True,
+    averages_reference: bool = False,
     dtype: torch.dtype = torch.float32,
     sync: SyncSettings | None = None,
     **layout: int,
@@ -59,7 +60,8 @@ def trainer(
                 temperature=1.0,
                 head_chunk_tokens=head_chunk_tokens,
                 recompute=recompute,
-                with_reference=with_reference,
+                reference=folder if with_reference else None,
+                averages_reference=averages_reference,
                 optimizer=ADAM,
                 sync=sync or SyncSettings(),
             ),
@@ -81,6 +83,7 @@ def rollout_batch(*, rows: int = 6, width: int = 16, vocab_size: int = 50, seed:
         response_mask=(position >= start) & (position < end),
         rollout_logprobs=-3 * torch.rand(rows, width, generator=generator),
         rewards=torch.rand(rows, generator=generator),
+        truncated=torch.zeros(rows, dtype=torch.bool),
         weight_version=torch.zeros(rows, dtype=torch.long),
     )
 

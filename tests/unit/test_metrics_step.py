@@ -18,6 +18,7 @@ def batch() -> RolloutBatch:
         response_mask=MASK,
         rollout_logprobs=torch.tensor([[-1.0, -1.0], [-1.0, 0.0]]),
         rewards=torch.tensor([1.0, 0.0]),
+        truncated=torch.tensor([False, True]),
         weight_version=torch.tensor([4, 7]),
     )
 
@@ -28,6 +29,7 @@ def test_rollout_metrics_by_hand() -> None:
         "reward/mean": 0.5,
         "reward/std": 0.5,
         "response/length_mean": 1.5,
+        "response/truncated_fraction": 0.5,
         "staleness/mean": 2.5,
         "staleness/max": 4.0,
     }

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_klrl.config.algorithm import AlgorithmSection, MismatchSection
 from megatron_klrl.config.bounds import CLIPS, WEIGHT_RANGES, clip_bounds, weight_range
 from megatron_klrl.config.load import load_recipe
-from megatron_klrl.config.recipe import AlgorithmSection, MismatchSection, Recipe
+from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.config.validate import validate
 from megatron_klrl.errors import UserError
 from tests.unit.config.folders import make_recipe
@@ -66,7 +67,7 @@ def test_every_correction_has_its_own_range(tmp_path: Path, overrides: list[str]
         (["algorithm.norm_length=8"], "algorithm.norm_length", "is 8, but aggregation sequence_sum has no divisor",
          "set algorithm.norm_length=null, or algorithm.aggregation=constant_norm"),
         (["mismatch.high=3"], "mismatch.high", "is 3, but correction none has no such bound",
-         "or mismatch.correction to token_truncate or token_mask or sequence_truncate or sequence_mask"),
+         "or mismatch.correction to token_truncate or token_mask or prefix_truncate or sequence_truncate"),
         (["mismatch.correction=token_truncate", "mismatch.low=0.5"], "mismatch.low",
          "is 0.5, but correction token_truncate has no such bound",
          "set mismatch.low=null, or mismatch.correction to token_mask or sequence_mask"),

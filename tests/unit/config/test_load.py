@@ -136,7 +136,7 @@ def test_every_setting_says_what_it_means() -> None:
         ("model.path=", ["model.path: is empty, expected text"]),
         ("loop=", ["loop: is empty, expected a section"]),
         ("parallel=3", ["parallel: is 3, expected a section"]),
-        ("algorithm.advantage=gae", ["algorithm.advantage: is 'gae', expected one of: rloo, grpo, dr_grpo"]),
+        ("algorithm.advantage=gae", ["algorithm.advantage: is 'gae', expected one of: reinforce, rloo, grpo, dr_grpo"]),
         ("kl.estimator=k9", ["kl.estimator: is 'k9', expected one of: k1, k2, k3, abs, exact"]),
         ("kl.placement=loss", ["kl: ", "means nothing", "Nearest with meaning"]),
         ("parallel.tensor.x=1", ["parallel.tensor.x", "not a section"]),

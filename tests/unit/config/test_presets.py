@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_klrl.config.algorithm import AlgorithmSection, Surrogate
 from megatron_klrl.config.bounds import CLIPS, clip_bounds
 from megatron_klrl.config.load import dump_recipe, load_recipe
 from megatron_klrl.config.memory import estimate_memory
 from megatron_klrl.config.model_folder import describe_model
 from megatron_klrl.config.presets import PRESETS, Preset, find_preset, render_presets
-from megatron_klrl.config.recipe import AlgorithmSection, Recipe, Surrogate
+from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.config.validate import validate
 from megatron_klrl.errors import UserError
 from megatron_klrl.kl import KLConfig, catalogue
@@ -23,6 +24,10 @@ FORMS = {
     "grpo-deepseekmath": ("loss/k3/token/none", 0.04, "grpo", "sequence_mean"),
     "dr-grpo": (None, 0.0, "dr_grpo", "constant_norm"),
     "deepseek-v3.2": ("loss/k3/token/token", None, "dr_grpo", "sequence_mean"),
+    "dapo": (None, 0.0, "grpo", "token_mean"),
+    "gspo": (None, 0.0, "grpo", "sequence_mean"),
+    "cispo": (None, 0.0, "grpo", "token_mean"),
+    "reinforce-pp": ("reward/k1/to_go/none", None, "reinforce_pp", "token_mean"),
     "verl-default": (None, 0.0, "grpo", "token_mean"),
     "verl-kl-loss": ("loss/k3/token/none", 0.001, "grpo", "token_mean"),
     "trl-grpo": ("loss/k3/token/token", 0.0, "grpo", "token_mean"),
@@ -48,6 +53,10 @@ CLIPPED = {
     "grpo-deepseekmath": (0.2, 0.2, None),
     "dr-grpo": (0.2, 0.2, None),
     "deepseek-v3.2": (0.2, 0.2, None),
+    "dapo": (0.2, 0.28, None),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (1.0, 4.0),
+    "reinforce-pp": (0.2, 0.2, None),
     "verl-default": (0.2, 0.2, 3.0),
     "verl-kl-loss": (0.2, 0.2, 3.0),
     "trl-grpo": (0.2, 0.2, None),
@@ -92,7 +101,8 @@ def test_every_preset_takes_effect_on_the_shipped_recipe_and_is_valid(preset: Pr
     assert recipe.kl.beta == (0.1 if beta is None else beta), "what a preset leaves open stays the recipe's"
     assert (recipe.algorithm.advantage, recipe.algorithm.aggregation) == (advantage, aggregation)
     clip = CLIPPED.get(preset.name)
-    assert recipe.algorithm.surrogate == ("reinforce" if clip is None else "ppo_clip")
+    clipped = preset.name if preset.name in ("gspo", "cispo") else "ppo_clip"
+    assert recipe.algorithm.surrogate == ("reinforce" if clip is None else clipped)
     assert tuple(clip_bounds(recipe.algorithm).values()) == (clip or ())
 
 

@@ -75,6 +75,7 @@ def rollouts(trainer: TableTrainer) -> RolloutBatch:
         response_mask=torch.arange(6) >= torch.tensor([1, 2, 3, 1])[:, None],
         rollout_logprobs=logprobs + 0.4 * torch.randn((4, 6), generator=generator),
         rewards=torch.tensor([1.0, 0.0, 0.2, 0.9]),
+        truncated=torch.zeros(4, dtype=torch.bool),
         weight_version=torch.zeros(4, dtype=torch.long),
     )
 
@@ -91,6 +92,7 @@ def parts(recipe: Recipe, trainer: TableTrainer) -> Parts:
         timers=Timers(),
         world=None,
         engine=None,
+        beta_rule=None,
         task=None,
         evaluation={},
         stop_ids=(),
@@ -104,7 +106,7 @@ def load(tmp_path: Path) -> Callable[..., Recipe]:
 
 
 def run(recipe: Recipe, trainer: TableTrainer, *, split: bool = False) -> dict[str, float]:
-    metrics, _ = train_on(rollouts(trainer), parts(recipe, trainer), split_gradient=split)
+    metrics, _ = train_on(rollouts(trainer), parts(recipe, trainer), beta=recipe.kl.beta, split_gradient=split)
     assert all(known(name) for name in metrics)
     return metrics
 

@@ -14,7 +14,7 @@ from megatron_klrl.config.load import load_recipe
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.kl import KLConfig, catalogue
 from megatron_klrl.kl.config import Placement
-from megatron_klrl.loop.step import policy_loss
+from megatron_klrl.loop.update import policy_loss
 from megatron_klrl.losses.policy_loss import PolicyLoss, Separable
 from megatron_klrl.rl.surrogates import SURROGATES
 from tests.unit.config.folders import make_recipe

@@ -8,11 +8,22 @@ import torch
 from torch import Tensor
 
 from megatron_klrl.batch import RolloutBatch, TokenScores
+from megatron_klrl.config.algorithm import Advantage, Aggregation
 from megatron_klrl.config.load import load_recipe
-from megatron_klrl.config.recipe import Advantage, Aggregation
-from megatron_klrl.loop.step import assemble
-from megatron_klrl.rl.advantages import ADVANTAGES, GROUP_STD_EPS, dr_grpo, grpo, rloo
+from megatron_klrl.loop.update import assemble
+from megatron_klrl.rl.advantages import (
+    ADVANTAGES,
+    dr_grpo,
+    grpo,
+    reinforce,
+    reinforce_pp,
+    reinforce_pp_baseline,
+    rloo,
+)
+from megatron_klrl.rl.advantages.grpo import GROUP_STD_EPS
+from megatron_klrl.rl.advantages.reinforce_pp import BATCH_STD_EPS
 from megatron_klrl.rl.aggregation import AGGREGATIONS
+from megatron_klrl.rl.overlong import overlong_penalty
 from tests.unit.config.folders import make_recipe
 
 
@@ -102,11 +113,73 @@ def test_grpo_of_zero_one_rewards_follows_the_arcsine_of_success() -> None:
     assert found == pytest.approx(float(limit), rel=5e-3), "off by about 1/G"
 
 
+@pytest.mark.parametrize("name", ["rloo", "grpo", "dr_grpo", "reinforce_pp_baseline"])
+def test_what_has_no_siblings_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="group"):
+        ADVANTAGES[name](torch.zeros(4), group_size=1)
+
+
 @pytest.mark.parametrize("name", ADVANTAGES)
-@pytest.mark.parametrize(("rewards", "group_size"), [(torch.zeros(4), 1), (torch.zeros(5), 2), (torch.zeros(2, 2), 2)])
-def test_what_has_no_baseline_is_refused(name: str, rewards: Tensor, group_size: int) -> None:
+@pytest.mark.parametrize(("rewards", "group_size"), [(torch.zeros(5), 2), (torch.zeros(2, 2), 2), (torch.zeros(4), 0)])
+def test_rows_that_fill_no_groups_are_refused(name: str, rewards: Tensor, group_size: int) -> None:
     with pytest.raises(ValueError, match="group"):
         ADVANTAGES[name](rewards, group_size=group_size)
+
+
+def test_reinforce_is_the_reward() -> None:
+    rewards = torch.tensor([1.0, -0.5, 2.0])
+    assert torch.equal(reinforce(rewards, group_size=1), rewards)
+    assert torch.equal(reinforce(rewards, group_size=3), rewards)
+
+
+def test_reinforce_is_the_exact_policy_gradient_in_expectation() -> None:
+    torch.testing.assert_close(expected_estimate("reinforce", 2), exact_gradient(), rtol=1e-12, atol=1e-14)
+
+
+def test_reinforce_pp_by_hand() -> None:
+    """Mean 2, deviations -2 -1 1 2, variance 10/3 with three in its denominator; groups play no part."""
+    rewards = torch.tensor([0.0, 1.0, 3.0, 4.0], dtype=torch.float64)
+    deviation = (10 / 3) ** 0.5 + BATCH_STD_EPS
+    expected = torch.tensor([-2.0, -1.0, 1.0, 2.0], dtype=torch.float64) / deviation
+    for size in (1, 2, 4):
+        torch.testing.assert_close(reinforce_pp(rewards, group_size=size), expected, rtol=1e-12, atol=0)
+
+
+def test_reinforce_pp_baseline_by_hand() -> None:
+    """Group means .5 and 6: -.5 .5 -2 2, whose variance is 8.5/3."""
+    rewards = torch.tensor([0.0, 1.0, 4.0, 8.0], dtype=torch.float64)
+    deviation = (8.5 / 3) ** 0.5 + BATCH_STD_EPS
+    expected = torch.tensor([-0.5, 0.5, -2.0, 2.0], dtype=torch.float64) / deviation
+    torch.testing.assert_close(reinforce_pp_baseline(rewards, group_size=2), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["reinforce_pp", "reinforce_pp_baseline"])
+def test_a_batch_of_equal_rewards_has_no_advantages(name: str) -> None:
+    assert ADVANTAGES[name](torch.full((6,), 0.1), group_size=3).tolist() == [0.0] * 6
+
+
+def test_reinforce_pp_weighs_prompts_alike_where_grpo_does_not() -> None:
+    """One factor for the whole batch keeps the direction of the reward's gradient; one per group does not."""
+    rewards = torch.tensor([0.0, 1.0, 0.0, 10.0], dtype=torch.float64)
+    whole = reinforce_pp_baseline(rewards, group_size=2)
+    torch.testing.assert_close(10 * whole[:2], whole[2:], rtol=1e-12, atol=0)
+
+
+def test_one_row_alone_has_no_deviation() -> None:
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        reinforce_pp(torch.ones(1), group_size=1)
+
+
+def test_the_overlong_penalty_by_hand() -> None:
+    """Longest 10, buffer 4: free up to 6 tokens, then a quarter each."""
+    found = overlong_penalty(torch.tensor([1, 6, 7, 8, 10]), max_tokens=10, buffer=4)
+    assert found.tolist() == [0.0, 0.0, -0.25, -0.5, -1.0]
+
+
+@pytest.mark.parametrize(("lengths", "buffer"), [([11], 4), ([1], 0), ([1], 11)])
+def test_an_impossible_overlong_penalty_is_refused(lengths: list[int], buffer: int) -> None:
+    with pytest.raises(ValueError, match="tokens"):
+        overlong_penalty(torch.tensor(lengths), max_tokens=10, buffer=buffer)
 
 
 def test_the_recipe_offers_what_there_is() -> None:
@@ -124,6 +197,7 @@ def step_batch() -> tuple[RolloutBatch, TokenScores]:
         response_mask=mask,
         rollout_logprobs=old,
         rewards=torch.tensor([1.0, 0.0, 3.0, 0.5]),
+        truncated=torch.zeros(4, dtype=torch.bool),
         weight_version=torch.zeros(4, dtype=torch.int64),
     )
     return batch, TokenScores(old_logprobs=old, entropy=torch.zeros_like(old), ref_logprobs=ref)

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_klrl.config.algorithm import MismatchCorrection
 from megatron_klrl.config.bounds import WEIGHT_RANGES
-from megatron_klrl.config.recipe import MismatchCorrection
+from megatron_klrl.metrics.weights import effective_share
 from megatron_klrl.rl.mismatch import (
     CORRECTIONS,
     Action,
     MismatchWeights,
+    prefix_truncate,
     sequence_mask,
     sequence_truncate,
     token_mask,
@@ -30,12 +32,16 @@ def given() -> tuple[Tensor, Tensor, Tensor]:
     return rollout + weights.log(), rollout, ~weights.isnan()
 
 
+def share_of(found: MismatchWeights) -> float:
+    return effective_share(found.values[found.counted])
+
+
 def check(found: MismatchWeights, mask: Tensor, *, weights: list, fraction: float, share: float) -> None:
     expected = torch.tensor(weights, dtype=torch.float64)
     torch.testing.assert_close(found.per_token(mask), expected, rtol=1e-12, atol=0)
     assert not found.values.requires_grad
     assert found.bounded_fraction() == pytest.approx(fraction, rel=1e-6)
-    assert found.effective_share() == pytest.approx(share, rel=1e-12)
+    assert share_of(found) == pytest.approx(share, rel=1e-12)
 
 
 def test_token_truncate_by_hand() -> None:
@@ -66,6 +72,21 @@ def test_token_mask_by_hand() -> None:
     assert found.action is Action.MASKED
 
 
+def test_prefix_truncate_by_hand() -> None:
+    """Products so far: 4 1, 1.5 3 3, .5 .25 .25."""
+    old, rollout, mask = given()
+    found = prefix_truncate(old, rollout, mask=mask, high=2.0)
+    kept = [2, 1, 1.5, 2, 2, 0.5, 0.25, 0.25]
+    check(
+        found,
+        mask,
+        weights=[[2, 1, 1], [1.5, 2, 2], [0.5, 0.25, 0.25], [1, 1, 1]],
+        fraction=3 / 8,
+        share=sum(kept) ** 2 / (8 * sum(w * w for w in kept)),
+    )
+    assert found.action is Action.TRUNCATED
+
+
 def test_sequence_truncate_by_hand() -> None:
     """Products 1, 3 and .25; the row without a response counts nowhere."""
     old, rollout, mask = given()
@@ -94,10 +115,10 @@ def test_sequence_mask_by_hand() -> None:
 def test_the_effective_share_of_equal_weights_is_one_and_of_none_zero() -> None:
     mask = torch.ones(2, 3, dtype=torch.bool)
     same = torch.full((2, 3), -1.0)
-    assert token_truncate(same, same, mask=mask, high=2.0).effective_share() == 1.0
-    assert token_mask(same + 3, same, mask=mask, low=0.5, high=2.0).effective_share() == 0.0
+    assert share_of(token_truncate(same, same, mask=mask, high=2.0)) == 1.0
+    assert share_of(token_mask(same + 3, same, mask=mask, low=0.5, high=2.0)) == 0.0
     nothing = token_truncate(same, same, mask=torch.zeros_like(mask), high=2.0)
-    assert (nothing.bounded_fraction(), nothing.effective_share()) == (0.0, 0.0)
+    assert (nothing.bounded_fraction(), share_of(nothing)) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_klrl.config.algorithm import Surrogate as SurrogateName
 from megatron_klrl.config.bounds import CLIPS
-from megatron_klrl.config.recipe import Surrogate as SurrogateName
 from megatron_klrl.rl.aggregation import sequence_mean
 from megatron_klrl.rl.surrogates import SURROGATES, SurrogateTerms, cispo, gspo, ppo_clip, reinforce
 from megatron_klrl.rl.surrogates.terms import Surrogate

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_klrl.batch import RolloutBatch, TokenScores, TrainBatch
 from megatron_klrl.config.load import load_recipe
 from megatron_klrl.config.recipe import Recipe
-from megatron_klrl.loop.step import assemble, mismatch_weights, policy_loss
+from megatron_klrl.loop.update import assemble, mismatch_weights, policy_loss
 from megatron_klrl.losses.policy_loss import PolicyLoss, kl_part, policy_part
 from tests.unit.config.folders import RECIPE, make_recipe
 
@@ -26,6 +26,7 @@ def sampled() -> tuple[RolloutBatch, TokenScores]:
         response_mask=MASK,
         rollout_logprobs=OLD - GAP,
         rewards=torch.tensor([1.0, 0.0, 3.0, 0.5]),
+        truncated=torch.zeros(4, dtype=torch.bool),
         weight_version=torch.zeros(4, dtype=torch.int64),
     )
     ref = OLD - torch.tensor([[0.2, -0.3, 0.0], [0.5, 0.1, -0.4], [0.3, 0.0, 0.0], [0.0, 0.6, -0.1]])
