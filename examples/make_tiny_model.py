@@ -213,7 +213,7 @@ def accuracy(
     right = 0.0
     for prompt, row in zip(prompts, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
         end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-        right += task.verify(prompt, row[:end], "stop" if row[end - 1] == tokenizer.eos_token_id else "length")
+        right += task.is_right(row[:end], prompt.answer)
     return right / problems
 
 

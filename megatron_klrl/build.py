@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_klrl.config.data import AnySource
 from megatron_klrl.config.model_folder import ModelShape, describe_model, resolve_folder
 from megatron_klrl.config.recipe import DEFAULT_MICRO_BATCH_SIZE, Dtype, Recipe, WeightTransport
 from megatron_klrl.config.regularisation import BetaKind
@@ -30,8 +31,7 @@ from megatron_klrl.runtime import seeds
 from megatron_klrl.runtime import world as ranks
 from megatron_klrl.runtime.timers import Timers
 from megatron_klrl.runtime.world import World
-from megatron_klrl.tasks.arithmetic import ArithmeticTask
-from megatron_klrl.tasks.jsonl_file import JsonlTask
+from megatron_klrl.tasks.sources import make_task
 from megatron_klrl.tasks.task import Task
 from megatron_klrl.vocab_parallel import kernels
 from megatron_klrl.weight_sync.choose import Kind
@@ -193,10 +193,19 @@ def build_parts(recipe: Recipe, place: Site, *, trainer: Any, engine: Any) -> Pa
         trainer=trainer,
         engine=engine,
         beta_rule=_beta_rule(recipe),
-        task=_task(recipe.data.train, place.tokenizer, seed=seeds.derive(recipe.loop.seed, "prompts"), shuffle=True),
+        task=_task(
+            recipe, place, recipe.data.train, "data.train", seed=seeds.derive(recipe.loop.seed, "prompts"), shuffle=True
+        ),
         evaluation={
             name: EvalTask(
-                task=_task(spec, place.tokenizer, seed=seeds.derive(recipe.loop.seed, "eval", name), shuffle=False),
+                task=_task(
+                    recipe,
+                    place,
+                    spec,
+                    f"data.eval.{name}",
+                    seed=seeds.derive(recipe.loop.seed, "eval", name),
+                    shuffle=False,
+                ),
                 prompts=spec.prompts,
                 samples=spec.samples,
                 temperature=spec.temperature,
@@ -219,10 +228,17 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _task(source: Any, tokenizer: PreTrainedTokenizerBase, *, seed: int, shuffle: bool) -> Task:
-    if source.task == "jsonl":
-        return JsonlTask(path=Path(source.path), tokenizer=tokenizer, seed=seed, shuffle=shuffle)
-    return ArithmeticTask(kind=source.kind, terms=source.terms, seed=seed, tokenizer=tokenizer)
+def _task(recipe: Recipe, place: Site, source: AnySource, field: str, *, seed: int, shuffle: bool) -> Task:
+    positions = recipe.generation.max_model_len or place.shape.max_position_embeddings
+    return make_task(
+        source,
+        field=field,
+        tokenizer=place.tokenizer,
+        verifier=recipe.data.verifier,
+        seed=seed,
+        shuffle=shuffle,
+        room=positions - recipe.generation.max_tokens,
+    )
 
 
 def checkpoint_weights(recipe: Recipe, place: Site, checkpoint: Path) -> Iterator[tuple[str, Tensor]]:

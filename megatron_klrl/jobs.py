@@ -207,7 +207,11 @@ def _parts(recipe: Recipe, place: "Site", console: RunConsole) -> "Parts":
         trainer = build.build_trainer(recipe, place)
     with console.phase("vLLM: import and start (first start on a machine takes longer)"):
         engine = build.build_engine(recipe, place)
-    return build.build_parts(recipe, place, trainer=trainer, engine=engine)
+    parts = build.build_parts(recipe, place, trainer=trainer, engine=engine)
+    for task in (parts.task, *(evaluation.task for evaluation in parts.evaluation.values())):
+        for note in task.notes:
+            console.say(f"  {note}")
+    return parts
 
 
 def _facts(recipe: Recipe, place: "Site") -> dict[str, str]:

@@ -15,6 +15,7 @@ from megatron_klrl.config.model_folder import ModelShape, describe_model
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.config.validate import check_sleep, validate
 from megatron_klrl.launch.devices import decide_ranks, visible_gpus
+from megatron_klrl.tasks.sources import check_data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,7 @@ def prepare(recipe_path: Path, overrides: Sequence[str], *, place: RankPlace | N
     world_size = decide_ranks(recipe, gpus=gpus) if place is None else place.world_size
     warnings = validate(recipe, world_size)
     check_sleep(recipe, gpus=gpus)
+    warnings += check_data(recipe)
     return Preparation(name=recipe_path.stem, recipe=recipe, shape=shape, world_size=world_size, warnings=warnings)
 
 

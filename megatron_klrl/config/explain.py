@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_klrl.config.data import AnySource
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.errors import UserError
 
@@ -79,7 +80,7 @@ def _explain_one(detail: Any, raw: Mapping[str, Any]) -> UserError:
 
 
 def _wrong_task(path: str, detail: Any) -> UserError:
-    tasks = detail.get("ctx", {}).get("expected_tags", "'arithmetic', 'jsonl'").replace("'", "")
+    tasks = ", ".join(typing.get_args(model.model_fields["task"].annotation)[0] for model in typing.get_args(AnySource))
     tag = detail.get("ctx", {}).get("tag")
     problem = "names no task" if tag is None else f"there is no task {tag!r}"
     return UserError(problem, field=f"{path}.task", fix=f"set {path}.task to one of: {tasks}")

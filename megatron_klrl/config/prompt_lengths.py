@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_klrl.config.data import ArithmeticKind, ArithmeticSource, JsonlSource
+from megatron_klrl.config.data import AnySource, ArithmeticKind, ArithmeticSource
 from megatron_klrl.errors import UserError
 
 # <|im_start|>, the word that names the kind, <|im_end|>; one token each with the embedded tokenizer, more with others.
@@ -10,12 +10,12 @@ _FRAME_TOKENS = 3
 _BOX_AND_EOS_TOKENS = 3
 
 
-def longest_prompt(source: ArithmeticSource | JsonlSource) -> int:
+def longest_prompt(source: AnySource) -> int:
     """Tokens of the longest prompt, as far as known without a tokenizer: a lower bound.
 
-    Exact for the embedded tokenizer. For a file it is 1: the task itself checks its prompts once a tokenizer is there.
+    Exact for arithmetic with the embedded tokenizer. Otherwise it is 1: rows are measured once a tokenizer is there.
     """
-    if isinstance(source, JsonlSource):
+    if not isinstance(source, ArithmeticSource):
         return 1
     terms = source.terms[1]
     digits_and_operators = terms if source.kind is ArithmeticKind.REV else 2 * terms + 1

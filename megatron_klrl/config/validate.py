@@ -2,12 +2,20 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from megatron_klrl.config.bounds import CLIPS, WEIGHT_RANGES, Bounds, weight_range
-from megatron_klrl.config.data import ArithmeticSource, JsonlSource
+from megatron_klrl.config.data import (
+    TABLE_SUFFIXES,
+    AnySource,
+    ArithmeticSource,
+    JsonlSource,
+    TableSource,
+    is_hub_name,
+)
 from megatron_klrl.config.loop_rules import LOOP_RULES, LOOP_WARNINGS
 from megatron_klrl.config.model_folder import ModelShape, describe_model
 from megatron_klrl.config.presets import find_preset
@@ -157,12 +165,31 @@ def check_fp8(plan: Plan) -> None:
 def check_files(plan: Plan) -> None:
     """Files of prompts exist and hold as many rows as are asked for."""
     for field, source in sources(plan.recipe):
+        if isinstance(source, TableSource):
+            _check_table(source, field)
         if not isinstance(source, JsonlSource):
             continue
         rows, wanted = count_rows(source.path, field=f"{field}.path"), getattr(source, "prompts", 1)
         if rows < wanted:
             problem = f"is {wanted}, but {source.path} holds {rows} prompts"
             raise UserError(problem, field=f"{field}.prompts", fix=f"set {field}.prompts to {rows} or less")
+
+
+def _check_table(source: TableSource, field: str) -> None:
+    file = Path(source.path).expanduser()
+    if not file.exists() and not is_hub_name(source.path):
+        fix = "give a file, a folder, or a name on the hub (owner/name); paths start from the current directory"
+        raise UserError(f"there is nothing at {source.path}", field=f"{field}.path", fix=fix)
+    if file.is_file() and file.suffix not in TABLE_SUFFIXES:
+        problem = f"{source.path} is not a table that can be read"
+        raise UserError(problem, field=f"{field}.path", fix=f"give a file ending in {', '.join(TABLE_SUFFIXES)}")
+    if file.is_file() and (source.subsets or source.split != "train"):
+        key = "subsets" if source.subsets else "split"
+        problem = f"is set, but {source.path} is a file, which has one split and no subsets"
+        raise UserError(problem, field=f"{field}.{key}", fix=f"leave {key} out, or give the folder")
+    if file.exists() and source.revision is not None:
+        problem = f"is set, but {source.path} is on this machine"
+        raise UserError(problem, field=f"{field}.revision", fix="leave it out; only names on the hub have revisions")
 
 
 def check_lengths(plan: Plan) -> None:
@@ -324,7 +351,7 @@ def warn_cut_answers(plan: Plan) -> Iterator[str]:
             yield f"generation.max_tokens: worked answers of {field} take up to {needed} tokens, {limit} are allowed"
 
 
-def sources(recipe: Recipe) -> Iterator[tuple[str, ArithmeticSource | JsonlSource]]:
+def sources(recipe: Recipe) -> Iterator[tuple[str, AnySource]]:
     """Every source of prompts with its dotted key."""
     yield "data.train", recipe.data.train
     for name, evaluation in recipe.data.eval.items():

@@ -15,12 +15,16 @@ class Produced:
         rollouts: ``prompts_per_step`` groups.
         rounds: of further prompts that it took.
         equal_groups: share of the groups whose rewards are all equal.
+        verifier_timeouts: verifications that took too long, of groups that made room too.
+        verifier_errors: verifications that failed, likewise.
     """
 
     step: int
     rollouts: Rollouts
     rounds: int
     equal_groups: float
+    verifier_timeouts: int = 0
+    verifier_errors: int = 0
 
     @property
     def weight_version(self) -> int:
@@ -48,15 +52,24 @@ class Producer:
         recipe = self._parts.recipe
         wanted, size = recipe.loop.prompts_per_step, recipe.loop.group_size
         found = self._sample(step, wanted)
+        sampled = [found]
         taught, equal = _by_use(found, size=size)
         rounds = 0
         while len(taught) < wanted and rounds < recipe.algorithm.dynamic_sampling_rounds:
             rounds += 1
-            more, spare = _by_use(self._sample(step, wanted - len(taught)), size=size)
+            sampled.append(self._sample(step, wanted - len(taught)))
+            more, spare = _by_use(sampled[-1], size=size)
             taught, equal = taught + more, equal + spare
         if rounds:
             found = _joined([*taught, *equal][:wanted])
-        return Produced(step=step, rollouts=found, rounds=rounds, equal_groups=max(0, wanted - len(taught)) / wanted)
+        return Produced(
+            step=step,
+            rollouts=found,
+            rounds=rounds,
+            equal_groups=max(0, wanted - len(taught)) / wanted,
+            verifier_timeouts=sum(each.verifier_timeouts for each in sampled),
+            verifier_errors=sum(each.verifier_errors for each in sampled),
+        )
 
     def _sample(self, step: int, prompts: int) -> Rollouts:
         parts, generation = self._parts, self._parts.recipe.generation

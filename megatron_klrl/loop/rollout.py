@@ -13,7 +13,7 @@ from megatron_klrl.generation.engine import Completion, GenerationEngine, Reques
 from megatron_klrl.loop.parts import Parts
 from megatron_klrl.runtime import seeds
 from megatron_klrl.runtime.world import World
-from megatron_klrl.tasks.task import Task
+from megatron_klrl.tasks.task import Response, Task, Verdicts
 from megatron_klrl.types import Prompt
 
 _WIDTH_MULTIPLE = 8  # rows are padded to this, so that sequence parallelism can cut them and shapes repeat
@@ -21,11 +21,21 @@ _WIDTH_MULTIPLE = 8  # rows are padded to this, so that sequence parallelism can
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """Prompts with their completions and rewards, siblings next to each other."""
+    """Prompts with their completions and rewards, siblings next to each other.
+
+    Attributes:
+        prompts: one for each completion.
+        completions: of them.
+        rewards: of the completions.
+        verifier_timeouts: completions whose verification took too long.
+        verifier_errors: completions on which the verifier failed.
+    """
 
     prompts: list[Prompt]
     completions: list[Completion]
     rewards: list[float]
+    verifier_timeouts: int = 0
+    verifier_errors: int = 0
 
 
 def rollouts(
@@ -69,11 +79,35 @@ def rollouts(
     completions = sample_everywhere(
         parts.engine, requests, sampling, world=parts.world, engine_ranks=parts.recipe.generation.tensor
     )
-    rewards = [
-        task.verify(prompt, completion.token_ids, completion.finish_reason)
-        for prompt, completion in zip(repeated, completions, strict=True)
-    ]
-    return Rollouts(prompts=repeated, completions=completions, rewards=rewards)
+    responses = [Response(prompt, done.token_ids) for prompt, done in zip(repeated, completions, strict=True)]
+    verdicts = verify_everywhere(task, responses, world=parts.world)
+    return Rollouts(
+        prompts=repeated,
+        completions=completions,
+        rewards=verdicts.rewards,
+        verifier_timeouts=verdicts.timeouts,
+        verifier_errors=verdicts.errors,
+    )
+
+
+def verify_everywhere(task: Task, responses: Sequence[Response], *, world: World) -> Verdicts:
+    """Each rank verifies a contiguous share of the responses; every rank gets all verdicts, in order.
+
+    Not only for speed: a verifier with a time limit may answer one rank and not the other, and ranks that disagree on a
+    reward train different models.
+    """
+    if world.size == 1:
+        return task.verify(responses)
+    share = -(-len(responses) // world.size)
+    mine = task.verify(responses[share * world.rank : share * (world.rank + 1)])
+    padded = [*mine.rewards, *[0.0] * (share - len(mine.rewards))]
+    counted = torch.tensor([*padded, mine.timeouts, mine.errors], dtype=torch.float64, device=world.device)
+    found = _all_gather(counted).cpu()
+    return Verdicts(
+        rewards=found[:, :share].flatten()[: len(responses)].tolist(),
+        timeouts=int(found[:, share].sum()),
+        errors=int(found[:, share + 1].sum()),
+    )
 
 
 def sample_everywhere(

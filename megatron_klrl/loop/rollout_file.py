@@ -41,6 +41,8 @@ def write(path: Path, waiting: Sequence[Produced]) -> None:
             "step": each.step,
             "rounds": each.rounds,
             "equal_groups": each.equal_groups,
+            "verifier_timeouts": each.verifier_timeouts,
+            "verifier_errors": each.verifier_errors,
             "finish_reasons": [completion.finish_reason for completion in each.rollouts.completions],
         }
         for each in waiting
@@ -76,4 +78,5 @@ def _produced(fact: dict[str, Any], parts: dict[str, list[Any]], task: Task) -> 
     ]
     prompts = [task.prompts(index, 1)[0] for index in parts["prompts"]]
     found = Rollouts(prompts=prompts, completions=completions, rewards=parts["rewards"])
-    return Produced(step=fact["step"], rollouts=found, rounds=fact["rounds"], equal_groups=fact["equal_groups"])
+    kept = {name: fact[name] for name in ("step", "rounds", "equal_groups", "verifier_timeouts", "verifier_errors")}
+    return Produced(rollouts=found, **kept)

@@ -137,6 +137,8 @@ class Run:
         values |= metrics | verified
         values["reward/equal_groups"] = produced.equal_groups
         values["response/sampling_rounds"] = produced.rounds
+        values["reward/verifier_timeouts"] = produced.verifier_timeouts
+        values["reward/verifier_errors"] = produced.verifier_errors
         values["staleness/dropped"] = dropped
         if "kl/exact" in values:
             values["kl/reference_step"] = self.state.reference_step

@@ -27,6 +27,10 @@ METRICS = (
     Metric(
         "reward/equal_groups", "fraction", "prompts whose completions all have the same reward: no baseline sees them"
     ),
+    Metric("reward/verifier_timeouts", "responses", "verifications that took too long, reward 0; in this step"),
+    Metric(
+        "reward/verifier_errors", "responses", "verifications that failed or gave no finite number, reward 0; likewise"
+    ),
     Metric("response/length_mean", "tokens", "mean response length, end-of-sequence token included"),
     Metric("response/truncated_fraction", "fraction", "responses cut off at generation.max_tokens"),
     Metric("response/sampling_rounds", "1", "further rounds of prompts that algorithm.dynamic_sampling_rounds took"),
@@ -100,6 +104,7 @@ METRICS = (
 PANELS = {
     "Is it learning?": {
         "reward and evaluation": ["reward/mean", "eval/.*/accuracy"],
+        "responses that could not be verified": ["reward/verifier_.*"],
         "objective E[R] - beta KL": ["objective/mean"],
         "response length, tokens": ["response/length_mean"],
     },

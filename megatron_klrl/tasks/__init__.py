@@ -1,5 +1,5 @@
 """Prompts and their verifiers.
 
-Import a task from its own module: `tasks.arithmetic.ArithmeticTask`, `tasks.jsonl_file.JsonlTask`; `tasks.task.Task` is
-what both implement.
+`sources.make_task` makes a task from a recipe's source; `task.Task` is what each implements: `arithmetic`, `countdown`
+and `procedural` generate, `row_task` draws from tables. Verifiers that may hang run in processes: `verifier_pool`.
 """

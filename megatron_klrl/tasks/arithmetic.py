@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_klrl.errors import UserError
 from megatron_klrl.tasks.rendering import render_prompt
+from megatron_klrl.tasks.task import Response, Verdicts
 from megatron_klrl.types import Prompt
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ class ArithmeticTask:
     kind, or whose `terms` do not overlap, share no problem at all.
     """
 
+    notes: Sequence[str] = ()
+
     def __init__(self, *, kind: str, terms: tuple[int, int], seed: int, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Checks the arguments; generates nothing yet.
 
@@ -174,16 +177,13 @@ class ArithmeticTask:
         text, token_ids = render_prompt(self._tokenizer, problem.question)
         return Prompt(index=index, token_ids=token_ids, text=text, answer=problem.answer)
 
-    def verify(self, prompt: Prompt, completion_ids: Sequence[int], finish_reason: str) -> float:
-        """1.0 if the completion ends with the boxed answer and the end-of-sequence token, else 0.0.
+    def verify(self, responses: Sequence[Response]) -> Verdicts:
+        """1 for each response that ends with the boxed answer and the end-of-sequence token, else 0."""
+        return Verdicts(rewards=[float(self.is_right(each.token_ids, each.prompt.answer)) for each in responses])
 
-        Args:
-            prompt: the prompt that was answered.
-            completion_ids: what the policy wrote, the end-of-sequence token included.
-            finish_reason: not needed: a completion that was cut off does not end with that token.
-        """
-        del finish_reason
-        if not completion_ids or completion_ids[-1] != self._tokenizer.eos_token_id:
-            return 0.0
-        text: Any = self._tokenizer.decode(list(completion_ids), skip_special_tokens=False)
-        return float(text.endswith(f"\\boxed{{{prompt.answer}}}{self._tokenizer.eos_token}"))
+    def is_right(self, token_ids: Sequence[int], answer: str) -> bool:
+        """Whether a completion ends with this answer in a box and the end-of-sequence token."""
+        if not token_ids or token_ids[-1] != self._tokenizer.eos_token_id:
+            return False
+        text: Any = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text.endswith(f"\\boxed{{{answer}}}{self._tokenizer.eos_token}")

@@ -152,7 +152,7 @@ def test_the_result_loads_in_transformers_and_scores_the_same(trained: Trained) 
     solved = 0.0
     for prompt in task.prompts(0, 32):
         ids = model.generate(torch.tensor([prompt.token_ids]), max_new_tokens=32, do_sample=False)
-        solved += task.verify(prompt, ids[0, len(prompt.token_ids) :].tolist(), "stop")
+        solved += task.is_right(ids[0, len(prompt.token_ids) :].tolist(), prompt.answer)
     assert json.loads(done.stdout)["id"]["accuracy"] == solved / 32
 
 

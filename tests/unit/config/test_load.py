@@ -83,7 +83,8 @@ def test_diff_lists_settings_only_one_side_has(recipe: Path) -> None:
     left = load_recipe(recipe)
     right = load_recipe(recipe, ["data.train={task: jsonl, path: a.jsonl}"])
     paths = {difference.path for difference in diff_recipes(left, right)}
-    assert paths == {"data.train.task", "data.train.kind", "data.train.terms", "data.train.path"}
+    theirs = {f"data.train.{key}" for key in ("path", "system", "instruction", "reward", "on_bad_row")}
+    assert paths == theirs | {"data.train.task", "data.train.kind", "data.train.terms"}
 
 
 def test_recipes_are_frozen(recipe: Path) -> None:
@@ -114,8 +115,8 @@ def test_every_setting_says_what_it_means() -> None:
         ("model.zzz=1", ["model.zzz: unknown key", "keys of model: path"]),
         ("data.train.kin=op", ["data.train.kin: unknown key", "did you mean data.train.kind?"]),
         ("data.eval.id.promts=3", ["data.eval.id.promts: unknown key", "did you mean data.eval.id.prompts?"]),
-        ("data.train.task=foo", ["data.train.task", "'foo'", "arithmetic, jsonl"]),
-        ("data.train={kind: op}", ["data.train.task: names no task", "arithmetic, jsonl"]),
+        ("data.train.task=foo", ["data.train.task", "'foo'", "arithmetic, jsonl, math"]),
+        ("data.train={kind: op}", ["data.train.task: names no task", "arithmetic, jsonl, math"]),
         ("data.train.terms=[4, 3]", ["data.train.terms", "smaller number first"]),
         ("data.train.terms=[4]", ["data.train.terms: has too few values", "list of 2"]),
         ("data.train.terms=4", ["data.train.terms: is 4, expected a list"]),

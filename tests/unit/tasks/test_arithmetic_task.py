@@ -10,6 +10,7 @@ import pytest
 
 from megatron_klrl.errors import UserError
 from megatron_klrl.tasks.arithmetic import ArithmeticKind, ArithmeticTask, Problem, apply_operator, draw_problem
+from megatron_klrl.tasks.task import Response, Verdicts
 from megatron_klrl.types import Prompt
 
 
@@ -152,16 +153,15 @@ def test_wrong_arguments_are_named(tokenizer, kind: str, terms: tuple[int, ...],
 def test_verifier_wants_the_box_and_the_end_at_the_very_end(tokenizer, response: str, reward: float) -> None:
     task = ArithmeticTask(kind="chain", terms=(3, 4), seed=0, tokenizer=tokenizer)
     prompt = Prompt(index=0, token_ids=(2, 3), text="", answer="8")
-    finish_reason = "stop" if response.endswith("<eos>") else "length"
-    assert task.verify(prompt, tokenizer.encode(response), finish_reason) == reward
+    assert task.verify([Response(prompt, tokenizer.encode(response))]) == Verdicts(rewards=[reward])
 
 
 def test_verifier_compares_all_digits_of_a_reversal(tokenizer) -> None:
     task = ArithmeticTask(kind="rev", terms=(3, 4), seed=0, tokenizer=tokenizer)
     prompt = Prompt(index=0, token_ids=(2, 3), text="", answer="2413")
-    assert task.verify(prompt, tokenizer.encode("\\boxed{2413}<eos>"), "stop") == 1.0
-    assert task.verify(prompt, tokenizer.encode("\\boxed{413}<eos>"), "stop") == 0.0
-    assert task.verify(prompt, tokenizer.encode("\\boxed{12413}<eos>"), "stop") == 0.0
+    assert task.is_right(tokenizer.encode("\\boxed{2413}<eos>"), prompt.answer)
+    assert not task.is_right(tokenizer.encode("\\boxed{413}<eos>"), prompt.answer)
+    assert not task.is_right(tokenizer.encode("\\boxed{12413}<eos>"), prompt.answer)
 
 
 def test_every_prompt_is_solved_by_its_own_answer(tokenizer) -> None:
@@ -170,12 +170,12 @@ def test_every_prompt_is_solved_by_its_own_answer(tokenizer) -> None:
         for prompt in task.prompts(0, 20):
             completion = tokenizer.encode(f"\\boxed{{{prompt.answer}}}<eos>")
             assert tokenizer.unk_token_id not in (*prompt.token_ids, *completion)
-            assert task.verify(prompt, completion, "stop") == 1.0
+            assert task.is_right(completion, prompt.answer)
 
 
 def test_the_module_needs_no_torch() -> None:
     """A login node without torch can draw problems; importing torch would cost seconds."""
-    modules = "megatron_klrl.tasks.arithmetic, megatron_klrl.tasks.jsonl_file"
+    modules = "megatron_klrl.tasks.sources, megatron_klrl.tasks.verifiers"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
