@@ -23,7 +23,7 @@ from megatron_klrl.mcore.checkpoint import load_model
 from megatron_klrl.mcore.chunks import plain_chunks
 from megatron_klrl.mcore.compat import run_on_cpu
 from megatron_klrl.mcore.engine import MegatronEngine, TrainerSettings
-from megatron_klrl.mcore.microbatches import Batching, Rows
+from megatron_klrl.mcore.microbatches import Batching, Rows, row_step
 from megatron_klrl.mcore.model import unwrap
 from megatron_klrl.mcore.optimizer import OptimizerSettings
 from megatron_klrl.mcore.streams import Streams, SyncSettings
@@ -230,6 +230,9 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _task(recipe: Recipe, place: Site, source: AnySource, field: str, *, seed: int, shuffle: bool) -> Task:
     positions = recipe.generation.max_model_len or place.shape.max_position_embeddings
+    if source is recipe.data.train and recipe.loop.tokens_per_microbatch is not None:
+        step = row_step(place.groups, sequence_parallel=False)
+        positions = min(positions, recipe.loop.tokens_per_microbatch // step * step)  # a sequence fits into one pack
     return make_task(
         source,
         field=field,

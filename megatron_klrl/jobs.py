@@ -1,7 +1,6 @@
 """The jobs a rank can be given: train, evaluate, check, export. Heavy imports happen inside, under a visible phase."""
 
 import json
-import math
 import os
 import shlex
 import sys
@@ -61,10 +60,12 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
 
 
 def eval_rank(recipe: Recipe, checkpoint: Path | None, hf: Path | None, *, as_json: bool) -> None:
-    """Evaluate a checkpoint, a Hugging Face folder, or the recipe's own model; rank 0 prints.
+    """Evaluate a checkpoint, a Hugging Face folder, or the recipe's own model; rank 0 reports.
+
+    Beside a checkpoint or a folder that was named, the report is also written as a file (`eval_report.write_beside`).
 
     Raises:
-        WorkError: the recipe has no evaluation set.
+        WorkError: the recipe has no evaluation set, or the file cannot be written.
     """
     if hf is not None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(hf)})})
@@ -74,16 +75,22 @@ def eval_rank(recipe: Recipe, checkpoint: Path | None, hf: Path | None, *, as_js
     with _stderr_into(Path(os.devnull)):
         with console.phase("import torch and Megatron-Core"):
             from megatron_klrl import build  # noqa: PLC0415
-            from megatron_klrl.loop.evaluation import evaluate  # noqa: PLC0415
+            from megatron_klrl.loop import eval_report  # noqa: PLC0415
         with build.site(recipe) as place:
             parts = _parts(recipe, place, console)
             if checkpoint is not None:
                 parts.trainer.load(checkpoint)
                 parts.engine.update_weights(parts.trainer.export_weights(), version=1)
-            found = evaluate(parts)
+            with console.phase(f"evaluation: {', '.join(parts.evaluation)}"):
+                report = eval_report.evaluate_all(parts, source=str(checkpoint or recipe.model.path))
             parts.close()
-    if _rank() == 0:
-        _print_evaluation(found, recipe, as_json=as_json)
+    if _rank() != 0:
+        return
+    lines = [json.dumps(eval_report.as_json(report), indent=2)] if as_json else eval_report.table(report)
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    named = checkpoint or hf
+    if named is not None:
+        console.say(f"written to {eval_report.write_beside(named, report)}")
 
 
 def check_gradient_rank(recipe: Recipe, *, batches: int, as_json: bool) -> "Report":
@@ -223,23 +230,6 @@ def _facts(recipe: Recipe, place: "Site") -> dict[str, str]:
         "layout": layout_text(recipe, world_size=place.world.size),
         "command": shlex.join(["klrl", *sys.argv[1:]]),
     }
-
-
-def _print_evaluation(found: dict[str, float], recipe: Recipe, *, as_json: bool) -> None:
-    """Accuracy per set with a 95 % interval over prompts."""
-    sets: dict[str, dict[str, Any]] = {}
-    for name, spec in recipe.data.eval.items():
-        mean, stderr = found[f"eval/{name}/accuracy"], found[f"eval/{name}/stderr"]
-        half = 1.96 * stderr if math.isfinite(stderr) else None
-        interval = None if half is None else [max(0.0, mean - half), min(1.0, mean + half)]
-        sets[name] = {"accuracy": mean, "interval_95": interval, "prompts": spec.prompts, "samples": spec.samples}
-    if as_json:
-        sys.stdout.write(json.dumps(sets, indent=2) + "\n")
-        return
-    for name, row in sets.items():
-        low_high = row["interval_95"]
-        text = f"   95 % interval {low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else ""
-        sys.stdout.write(f"{name:>12}  accuracy {row['accuracy']:.3f}{text}   ({row['prompts']} x {row['samples']})\n")
 
 
 def _beside_python(program: str) -> str:

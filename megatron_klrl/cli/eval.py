@@ -33,6 +33,8 @@ def evaluate(
 ) -> None:
     """Evaluate on the recipe's evaluation sets: mean, pass@k, 95 % interval.
 
+    The report is also written beside the checkpoint or folder, as NAME.eval-HASH.json, HASH of the recipe.
+
     Example: klrl eval examples/recipes/arithmetic_cpu.yaml --checkpoint runs/first/checkpoints/100
     """
     with errors_reported(traceback=traceback):

@@ -177,11 +177,9 @@ def _fitting(
     long = [length for length in lengths if length > room]
     if long and source.on_bad_row is OnBadRow.ERROR:
         number = next(place for place, length in enumerate(lengths, 1) if length > room)
-        problem = (
-            f"{len(long)} of {len(rows)} prompts are longer than the {room} tokens that generation.max_tokens leaves"
-        )
+        problem = f"{len(long)} of {len(rows)} prompts are longer than the {room} tokens that responses leave"
         problem += f" (longest {max(long)}; the first is prompt {number}: {rows[number - 1].question[:40]!r})"
-        fix = f"lower generation.max_tokens, raise generation.max_model_len, or set {field}.on_bad_row=skip"
+        fix = f"lower generation.max_tokens, raise what bounds a sequence, or set {field}.on_bad_row=skip"
         raise UserError(problem, field=field, fix=fix)
     kept = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
     if not kept:

@@ -41,6 +41,7 @@ class MathVerifier:
             # The right answer first: verify is not symmetric.
             return float(bool(right) and verify(right, read(boxed), timeout_seconds=None))
 
+        score("\\frac{1}{2}", "0.5")  # the first call imports and compiles; that must not count as its time
         return score
 
 

@@ -153,3 +153,27 @@ def test_without_a_kl_no_reference_takes_memory(tmp_path: Path) -> None:
     assert memory.reference_bytes == 0
     assert memory.engine_cache_bytes is None
     assert memory.optimizer_bytes == 8 * memory.parameters
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ("path: nowhere.parquet", r"data\.train\.path: there is nothing at nowhere\.parquet"),
+        ("path: ./nowhere", r"data\.train\.path: there is nothing at \./nowhere"),
+        ("path: FOLDER/a.txt", r"data\.train\.path: .* is not a table .*\.jsonl, \.parquet"),
+        ("path: FOLDER/a.parquet, split: test", r"data\.train\.split: is set, but .* is a file"),
+        ("path: FOLDER/a.parquet, subsets: [a]", r"data\.train\.subsets: is set, but .* is a file"),
+        ("path: FOLDER, revision: main", r"data\.train\.revision: is set, but .* is on this machine"),
+    ],
+)
+def test_tables_that_cannot_be_read_are_named_before_anything_is_read(tmp_path: Path, keys: str, problem: str) -> None:
+    for name in ("a.txt", "a.parquet"):
+        (tmp_path / name).write_text("")
+    setting = f"data.train={{task: math, {keys.replace('FOLDER', str(tmp_path))}}}"
+    with pytest.raises(UserError, match=problem):
+        validate(load(tmp_path, setting), 1)
+
+
+def test_a_name_on_the_hub_is_left_to_be_looked_up(tmp_path: Path) -> None:
+    settings = ["data.train={task: gsm8k, path: openai/gsm8k, subsets: [main], revision: e53f048}"]
+    assert validate(load(tmp_path, *settings), 1) == []

@@ -12,7 +12,7 @@ from megatron_klrl.tasks.verifiers import FunctionVerifier, MathVerifier
 
 @pytest.fixture(scope="module")
 def math_pool() -> Iterator[VerifierPool]:
-    pool = VerifierPool(MathVerifier(), workers=1, timeout_s=5.0)
+    pool = VerifierPool(MathVerifier(), workers=1, timeout_s=60.0)
     yield pool
     pool.close()
 
@@ -107,7 +107,7 @@ def test_answers_that_cannot_be_read_are_counted_and_compared_as_text(math_pool:
 
 
 def test_a_power_that_would_take_forever_is_a_timeout() -> None:
-    pool = VerifierPool(MathVerifier(), workers=1, timeout_s=1.0)
+    pool = VerifierPool(MathVerifier(), workers=1, timeout_s=2.0)
     attempts = [Attempt("", response, "5") for response in ("\\boxed{9999999^{9999999}}", "\\boxed{10/2}")]
     found = MathGrader(pool).grade(attempts)
     pool.close()
@@ -120,7 +120,7 @@ def test_a_users_function_gets_question_response_and_answer(tmp_path, monkeypatc
         "    return len(question) * 100 + len(response) * 10 + len(answer)\n"
     )
     monkeypatch.chdir(tmp_path)
-    pool = VerifierPool(FunctionVerifier("my_rewards:length"), workers=1, timeout_s=5.0)
+    pool = VerifierPool(FunctionVerifier("my_rewards:length"), workers=1, timeout_s=60.0)
     found = FunctionGrader(pool).grade([Attempt("ab", "c", "def"), Attempt("", "", "")])
     pool.close()
     assert found == Verdicts(rewards=[213.0, 0.0])

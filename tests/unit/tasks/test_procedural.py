@@ -19,7 +19,7 @@ NAMES = ("chain_sum", "gcd", "spell_backward", "base_conversion", "number_sortin
 
 def made(name: str, pool: VerifierPool | None = None, *, seed: int = 5) -> ProceduralTask:
     dataset = procedural_dataset(name, size=30, seed=seed, config={}, field="data.train")
-    pool = pool or VerifierPool(ReasoningGymVerifier(name), workers=1, timeout_s=5.0)
+    pool = pool or VerifierPool(ReasoningGymVerifier(name), workers=1, timeout_s=60.0)
     return ProceduralTask(dataset, size=30, pool=pool, framing=Framing(), tokenizer=character_tokenizer())
 
 
@@ -37,7 +37,7 @@ def test_entries_depend_on_seed_and_index_only_and_not_on_the_process() -> None:
 
 
 def test_only_the_full_score_counts_and_a_scorer_that_raises_is_counted() -> None:
-    pool = VerifierPool(ReasoningGymVerifier("prime_factorization"), workers=1, timeout_s=5.0)
+    pool = VerifierPool(ReasoningGymVerifier("prime_factorization"), workers=1, timeout_s=60.0)
     task = made("prime_factorization", pool)
     prompt = task.prompts(0, 1)[0]
     texts = [f"so \\boxed{{ {prompt.answer} }}", prompt.answer, "\\boxed{nonsense 1}", "\\boxed{2}"]

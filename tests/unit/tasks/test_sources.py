@@ -201,7 +201,7 @@ def task_of(tmp_path: Path, *, room: int, **keys: Any):
         section.train,
         field="data.train",
         tokenizer=character_tokenizer(),
-        verifier=VerifierSection(workers=1),
+        verifier=VerifierSection(workers=1, timeout_s=60.0),
         seed=0,
         shuffle=False,
         room=room,

@@ -57,7 +57,7 @@ class Broken:
 
 @pytest.fixture
 def pool():
-    pool = VerifierPool(Behaving(), workers=2, timeout_s=0.3)
+    pool = VerifierPool(Behaving(), workers=2, timeout_s=1.0)
     yield pool
     pool.close()
 
