@@ -142,38 +142,33 @@ def test_optimum_report_is_consistent(trained: Trained) -> None:
 
 
 def test_the_result_loads_in_transformers_and_scores_the_same(trained: Trained) -> None:
-    """Greedy accuracy on the in-distribution set: our evaluation through vLLM against transformers' own generate."""
+    """Greedy accuracy on the in-distribution set: our evaluation through vLLM against transformers' own generate.
+
+    The checkpoint's evaluation is that of its export: the same weights, known as such, and the same samples.
+    """
     greedy = ["data.eval.id.temperature=0", "data.eval.id.samples=1", "data.eval.id.prompts=32"]
-    done = klrl("eval", RECIPE, *greedy, "--hf", trained.folder / "hf", "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    tokenizer = AutoTokenizer.from_pretrained(trained.folder / "hf")
-    model = AutoModelForCausalLM.from_pretrained(trained.folder / "hf", dtype=torch.float32)
+    checkpoint, hf = trained.folder / "checkpoints" / f"step_{STEPS:06d}", trained.folder / "hf"
+    reports = []
+    for weights in (["--hf", hf], ["--checkpoint", checkpoint]):
+        done = klrl("eval", RECIPE, *greedy, *weights, "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        (written,) = weights[1].parent.glob(f"{weights[1].name}.eval-*.json")
+        reports.append(json.loads(done.stdout))
+        assert json.loads(written.read_text()) == reports[-1]
+        assert written.name == f"{weights[1].name}.eval-{reports[-1]['recipe_sha256'][:8]}.json"
+    tokenizer = AutoTokenizer.from_pretrained(hf)
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     task = ArithmeticTask(kind="chain", terms=(3, 4), seed=derive(0, "eval", "id"), tokenizer=tokenizer)
     solved = 0.0
     for prompt in task.prompts(0, 32):
         ids = model.generate(torch.tensor([prompt.token_ids]), max_new_tokens=32, do_sample=False)
         solved += task.is_right(ids[0, len(prompt.token_ids) :].tolist(), prompt.answer)
-    report = json.loads(done.stdout)
-    assert report["sets"]["id"]["accuracy"] == solved / 32
-    assert (report["sets"]["id"]["out_of_distribution"], report["sets"]["long"]["out_of_distribution"]) == (False, True)
-    (written,) = trained.folder.glob("hf.eval-*.json")
-    assert json.loads(written.read_text()) == report
-    assert written.name == f"hf.eval-{report['recipe_sha256'][:8]}.json"
-
-
-def test_a_checkpoint_evaluates_as_its_export(trained: Trained) -> None:
-    """The same weights, known as such, and pass@k from the same samples."""
-    settings = ["data.eval={id: {task: arithmetic, kind: chain, terms: [3, 4], prompts: 8, samples: 4}}"]
-    checkpoint = trained.folder / "checkpoints" / f"step_{STEPS:06d}"
-    reports = []
-    for weights in (["--checkpoint", checkpoint], ["--hf", trained.folder / "hf"]):
-        done = klrl("eval", RECIPE, *settings, *weights, "--json")
-        assert done.returncode == 0, done.stdout + done.stderr
-        reports.append(json.loads(done.stdout))
-    assert reports[0]["weights_sha256"] == reports[1]["weights_sha256"]
-    assert reports[0]["sets"] == reports[1]["sets"]
-    assert list(reports[0]["sets"]["id"]["pass_at_k"]) == ["1", "2", "4"]
-    assert list(checkpoint.parent.glob(f"{checkpoint.name}.eval-*.json"))
+    sets = reports[0]["sets"]
+    assert sets["id"]["accuracy"] == solved / 32
+    assert (sets["id"]["out_of_distribution"], sets["long"]["out_of_distribution"]) == (False, True)
+    assert list(sets["long"]["pass_at_k"]) == ["1", "2", "4"]
+    assert reports[1]["weights_sha256"] == reports[0]["weights_sha256"]
+    assert reports[1]["sets"] == sets
 
 
 def test_the_checkpoint_exports_to_the_same_folder(trained: Trained, tmp_path: Path) -> None:
