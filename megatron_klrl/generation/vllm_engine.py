@@ -68,7 +68,7 @@ class VLLMEngine:
         vllm_host.prepare()
         from vllm import LLM  # noqa: PLC0415  13 CPU seconds, and the environment must be set first
 
-        vllm_host.keep_process_group()
+        vllm_host.mend_vllm()
         options: dict[str, Any] = {"dtype": str(settings.dtype).removeprefix("torch.")}
         if settings.sleeps:
             options["enable_sleep_mode"] = True

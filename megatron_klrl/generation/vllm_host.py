@@ -74,12 +74,14 @@ def launcher_environment(*, rank: int, local_rank: int, size: int) -> Iterator[N
             os.environ.pop(name, None)
 
 
-def keep_process_group() -> None:
-    """Stop vLLM from destroying the trainer's default process group, and from sharing segments between jobs.
+def mend_vllm() -> None:
+    """Replace what stops vLLM from being a guest, or from running at all on CPU.
 
     * vLLM 0.32 destroys the default process group when an engine is deleted: the group is the trainer's.
     * On CPU with engine tensor parallelism, the shared-memory segments have a constant name under the external
       launcher, so a second job on the machine, or the leftover of a killed one, makes the start fail ("errno: 17").
+    * On CPU, a mixture of experts without a grouped kernel builds its activation anew in each forward, where vLLM's
+      configuration is not at hand ("Current vLLM config is not set"). The function inside needs none.
     """
     import vllm.distributed.parallel_state as state  # noqa: PLC0415  heavy: only where an engine is built
 
@@ -88,6 +90,7 @@ def keep_process_group() -> None:
 
     if current_platform.is_cpu():
         _name_segments_by_job()
+        _activate_experts()
 
 
 def _destroy_vllm_world_only() -> None:
@@ -111,6 +114,15 @@ def _name_segments_by_job() -> None:
     original = communicator.make_group_name
     job = f"klrl{os.environ.get('MASTER_PORT', '0')}-{os.environ.get('TORCHELASTIC_RUN_ID', '0')}-"
     communicator.make_group_name = staticmethod(lambda group: job + original(group).lstrip("/"))
+
+
+def _activate_experts() -> None:
+    from vllm.model_executor.layers.activation import SiluAndMul  # noqa: PLC0415
+    from vllm.model_executor.layers.fused_moe import cpu_fused_moe  # noqa: PLC0415
+
+    functions: Any = getattr(cpu_fused_moe, "_CPU_MOE_ACT_FN", None)  # private: other versions may have no such table
+    if functions is not None:
+        functions[cpu_fused_moe.MoEActivation.SILU] = SiluAndMul.forward_native
 
 
 def _disable_dynamo() -> None:

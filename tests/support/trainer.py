@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,20 @@ ADAM = OptimizerSettings(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01
 
 
 @contextmanager
-def trainer(
+def trainer(folder: Path, **options: Any) -> Iterator[MegatronEngine]:
+    """An engine over the ranks that run this function; ``options`` are those of ``trainer_in``."""
+    run_on_cpu()
+    world = ranks.join(timeout_s=60)
+    try:
+        with trainer_in(world, folder, **options) as engine:
+            yield engine
+    finally:
+        ranks.leave()
+
+
+@contextmanager
+def trainer_in(
+    world: ranks.World,
     folder: Path,
     *,
     sequence: bool = False,
@@ -38,9 +52,7 @@ def trainer(
     sync: SyncSettings | None = None,
     **layout: int,
 ) -> Iterator[MegatronEngine]:
-    """An engine over the ranks that run this function."""
-    run_on_cpu()
-    world = ranks.join(timeout_s=60)
+    """An engine in a world that has been joined, after ``run_on_cpu``, and that outlives it."""
     torch.set_num_threads(1)
     seeds.seed_everything(0)
     groups = process_groups.initialize(world, process_groups.Layout(**layout), seed=0)
@@ -68,7 +80,6 @@ def trainer(
         )
     finally:
         process_groups.destroy()
-        ranks.leave()
 
 
 def rollout_batch(*, rows: int = 6, width: int = 16, vocab_size: int = 50, seed: int = 3) -> RolloutBatch:
