@@ -50,16 +50,17 @@ def _figure(goal: Goal, case: Json, measured: Mapping[str, Json], record: Json) 
     if ours is None or (goal.against and peer is None):
         return None
     if goal.measure == "milliseconds":
-        return 1000 * ours["median_s"]
+        return 1000 * statistics.median(ours[goal.clock])
     if goal.measure == "peak_over_input":
         return ours["peak_bytes"] / case["sizes"]["input_bytes"]
     if goal.measure == "share_of_ceiling":
-        return least_s(case, record) / ours["median_s"]
+        return least_s(case, record) / statistics.median(ours[goal.clock])
     if peer is None:
         return None
     if goal.measure == "peak_share":
         return ours["peak_bytes"] / peer["peak_bytes"] if peer["peak_bytes"] else None
-    return statistics.median(theirs / mine for theirs, mine in zip(peer["seconds"], ours["seconds"], strict=True))
+    pairs = zip(peer[goal.clock], ours[goal.clock], strict=True)
+    return statistics.median(theirs / mine for theirs, mine in pairs)
 
 
 def least_s(case: Json, record: Json) -> float:

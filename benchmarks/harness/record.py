@@ -52,6 +52,7 @@ def case_record(case: Case, sizes: Mapping[str, float], entries: Sequence[Entry]
         "name": case.name,
         "parameters": dict(case.parameters),
         "ranks": case.ranks,
+        "shows_wall": case.shows_wall,
         "sizes": dict(sizes),
         "contestants": [_contestant(entry, baselines.get(entry.contestant.group)) for entry in entries],
     }
@@ -72,12 +73,17 @@ def _contestant(entry: Entry, baseline: Entry | None) -> Json:
         "peak_bytes": entry.peak_bytes,
     }
     if baseline is not None and baseline is not entry:
-        ratios = [mine / theirs for mine, theirs in zip(entry.seconds, baseline.seconds, strict=True)]
         known |= {
             "compared_with": baseline.contestant.name,
-            "ratio": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+            "ratio": _ratio(entry.seconds, baseline.seconds),
+            "wall_ratio": _ratio(entry.wall_s, baseline.wall_s),
         }
     return known
+
+
+def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> Json:
+    ratios = [each / own for each, own in zip(theirs, ours, strict=True)]
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
 def failures(record: Json) -> list[str]:

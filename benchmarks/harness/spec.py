@@ -61,6 +61,8 @@ class Case:
         contestants: in the order in which they alternate.
         ranks: processes per contestant, joined by gloo.
         environment: variables for all contestants.
+        shows_wall: wall times are published beside CPU times: for ranks that wait for each other, which costs a user
+            time and the processor none.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Case:
     contestants: tuple[Contestant, ...]
     ranks: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
+    shows_wall: bool = False
 
     @property
     def device(self) -> str:
@@ -92,6 +95,7 @@ class Goal:
         at_least: bound from below; exactly one of the two bounds is set.
         at_most: bound from above.
         cases: names of the cases it is for; empty for all of them.
+        clock: ``seconds`` for the figure's own clock, ``wall_s`` for the wall's.
     """
 
     text: str
@@ -101,6 +105,7 @@ class Goal:
     at_least: float | None = None
     at_most: float | None = None
     cases: tuple[str, ...] = ()
+    clock: Literal["seconds", "wall_s"] = "seconds"
 
     def __post_init__(self) -> None:
         """Refuse a goal without a bound, or with two."""

@@ -62,29 +62,35 @@ def _case(case: Json, record: Json) -> list[str]:
     least = 1000 * least_s(case, record)
     ranks = f", {case['ranks']} processes each" if case["ranks"] > 1 else ""
     size = f"input {_mib(case['sizes']['input_bytes'])} MiB, ceilings allow {least:.2f} ms of wall time"
-    header = ["implementation", "ms", "x ours (least - most)", "extra peak MiB", "off by: loss", "values", "gradient"]
+    wall = case.get("shows_wall", False)
+    clocks = ["CPU ms", "x ours (least - most)", "wall ms", "x ours, wall"] if wall else ["ms", "x ours (least - most)"]
+    header = ["implementation", *clocks, "extra peak MiB", "off by: loss", "values", "gradient"]
     parts = [f"**{case['name']}**{ranks}; {size}", ""]
     for group in dict.fromkeys(each["group"] for each in case["contestants"]):
-        rows = [_row(each) for each in case["contestants"] if each["group"] == group]
+        rows = [_row(each, wall=wall) for each in case["contestants"] if each["group"] == group]
         parts += [f"{group}:", "", *_table(header, rows), ""]
     return parts
 
 
-def _row(each: Json) -> list[str]:
+def _row(each: Json, *, wall: bool) -> list[str]:
     name = f"**{each['name']}**" if each["ours"] else each["name"]
+    no_clocks = [""] * (3 if wall else 1)
     if "skipped" in each:
-        return [name, "skipped", "", "", "", "", ""]
+        return [name, "skipped", *no_clocks, "", "", "", ""]
     off = each["differences"]
     errors = [_most(off, "loss"), _most(off, "values"), _most(off, "gradients")]
     if "failed" in each:
-        return [name, "no figure", "", "", *errors]
-    return [name, f"{1000 * each['median_s']:.2f}", _ratio(each), _mib(each["peak_bytes"]), *errors]
+        return [name, "no figure", *no_clocks, "", *errors]
+    clocks = [f"{1000 * each['median_s']:.2f}", _ratio(each, "ratio")]
+    if wall:
+        clocks += [f"{1000 * statistics.median(each['wall_s']):.2f}", _ratio(each, "wall_ratio")]
+    return [name, *clocks, _mib(each["peak_bytes"]), *errors]
 
 
-def _ratio(each: Json) -> str:
-    if "ratio" not in each:
+def _ratio(each: Json, kind: str) -> str:
+    if kind not in each:
         return "1" if each["ours"] else ""
-    ratio = each["ratio"]
+    ratio = each[kind]
     return f"{ratio['median']:.2f} ({ratio['least']:.2f} - {ratio['most']:.2f})"
 
 
@@ -125,7 +131,7 @@ def _microseconds(each: Json | None) -> str:
 
 
 def _ratio_or_blank(each: Json | None) -> str:
-    return _ratio(each) if each is not None and "ratio" in each else ""
+    return _ratio(each, "ratio") if each is not None and "ratio" in each else ""
 
 
 def _goals(goals: Sequence[Json], *, together: bool) -> list[str]:

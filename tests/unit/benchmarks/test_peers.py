@@ -10,7 +10,7 @@ from benchmarks.harness.ranks import join_ranks
 from benchmarks.harness.session import not_in_parity
 from benchmarks.harness.spec import Case, Contestant
 from benchmarks.harness.worker import Worker
-from benchmarks.suites import head, kl_matrix, logits
+from benchmarks.suites import head, kl_matrix, logits, reshard
 from megatron_klrl.vocab_parallel import kernels
 from tests.support.ranks import run_ranks
 
@@ -96,3 +96,17 @@ def test_a_megatron_answer_without_restored_logits_would_be_noticed() -> None:
     assert broken is not None
     assert truth is not None
     assert abs(float(broken) - float(truth)) > 1e-3
+
+
+def _check_refits(folder: str, ranks: int) -> None:
+    rank = int(os.environ["RANK"])
+    (case,) = (reshard.reshard() if ranks > 1 else reshard.reshard_match()).quick_cases
+    with join_ranks(rank=rank, ranks=ranks, meeting=f"{folder}/meeting", device="cpu"):
+        for contestant in case.contestants:
+            assert problem(contestant, case, dict(case.parameters)) == "", (contestant.name, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_refits_are_exact(tmp_path: Path, ranks: int) -> None:
+    run_ranks(ranks, _check_refits, str(tmp_path), ranks)

@@ -142,3 +142,19 @@ def test_a_matrix_has_a_row_per_case_and_one_goal_row_for_all() -> None:
     assert "| `second` |" in text
     assert text.count("| faster |") == 1
     assert "the worst of 2 (2 reach it)" in text
+
+
+def test_where_ranks_wait_for_each_other_both_clocks_count() -> None:
+    record = sample()
+    (case,) = record["cases"]
+    case["shows_wall"] = True
+    ours, peer, _ = case["contestants"]
+    ours["wall_s"], peer["wall_s"] = [0.010, 0.011, 0.012], [0.015, 0.022, 0.018]
+    peer["wall_ratio"] = {"median": 1.5, "least": 1.5, "most": 2.0}
+    goal = Goal(text="", ours="ours", measure="times_faster", against="peer", at_least=2, clock="wall_s")
+    (verdict,) = judged(goals(goal), record)
+    assert (verdict["figure"], verdict["reached"]) == (pytest.approx(1.5), False)
+    text = render(record)
+    assert "| **ours** | 2.00 | 1 | 11.00 | 1 | 3 | 1e-07 |  |  |" in text
+    assert "| peer | 8.00 | 4.00 (3.00 - 5.00) | 18.00 | 1.50 (1.50 - 2.00) | 6 |" in text
+    assert "| absent | skipped |  |  |  |  |  |  |  |" in text
