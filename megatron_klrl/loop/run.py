@@ -22,7 +22,6 @@ from megatron_klrl.loop.rollout import collate
 from megatron_klrl.loop.samples import records
 from megatron_klrl.loop.step import train_on
 from megatron_klrl.metrics import step as step_metrics
-from megatron_klrl.runtime.memory import peak_gib
 from megatron_klrl.tracking.card import Card
 from megatron_klrl.tracking.console import RunConsole
 
@@ -119,7 +118,7 @@ class Run:
         parts, timers, loop = self.parts, self.parts.timers, self.parts.recipe.loop
         beta = parts.beta_rule.beta(step, self.state.beta_learnt)
         with timers.span("step"):
-            with timers.span("generate"):
+            with timers.phase("generate"):
                 dropped = self._buffer.fill(step, weight_version=self.state.weight_version)
             produced = self._buffer.take(step)
             parts.engine.sleep()
@@ -129,7 +128,7 @@ class Run:
             split = beta > 0 and every > 0 and step % every == 0
             metrics, scores = train_on(batch, parts, beta=beta, split_gradient=split)
             moved = reference.after_step(parts, step=step)
-            with timers.span("sync"):
+            with timers.phase("sync"):
                 version = self.state.weight_version + 1
                 first = not self._has_refitted
                 verified = refit(parts, version=version, verify=due(parts.recipe, version=version, first=first))
@@ -155,10 +154,9 @@ class Run:
         if self.record:
             found = records(produced.rollouts, batch, scores, self._tokenizer, count=_SAMPLES_KEPT)
             self.record.samples(step, found)
-        times = timers.take()
-        values["throughput/tokens_per_s"] = float(batch.lengths.sum()) / times["time/step_s"]
-        values["memory/peak_gib"] = peak_gib()
-        return values | times
+        measured = timers.take()
+        values["throughput/tokens_per_s"] = float(batch.lengths.sum()) / measured["time/step_s"]
+        return values | measured
 
     def checkpoint(self) -> Path:
         """Write a checkpoint of the current state; collective."""

@@ -43,7 +43,7 @@ def train_on(
         WorkError: the loss or the gradient is not finite.
     """
     recipe = at_beta(parts.recipe, beta)
-    with parts.timers.span("score"):
+    with parts.timers.phase("score"):
         scores = parts.trainer.score(batch)
     metrics = _described(batch, scores, recipe)
     advantages = task_advantages(batch, recipe)
@@ -52,10 +52,10 @@ def train_on(
         mine, known = batch.rows(rows), scores.rows(rows)
         current = None
         if number > 0 and needs_current_scores(recipe):
-            with parts.timers.span("score"):
+            with parts.timers.phase("score"):
                 current = parts.trainer.score(mine)
         update = assemble(mine, known, recipe, advantages=advantages[rows], current=current)
-        with parts.timers.span("train"):
+        with parts.timers.phase("train"):
             updates.append(_update(parts, update, recipe, split=split_gradient and number == 0))
     metrics |= _averaged(updates)
     broken = [name for name, value in metrics.items() if not torch.isfinite(torch.tensor(value))]

@@ -18,6 +18,8 @@ class Metric:
     meaning: str
 
 
+_PHASE_MEMORY = "peak of rank 0's device memory on CUDA; on CPU the resident memory of the process when the phase ends"
+
 METRICS = (
     Metric("reward/mean", "reward", "mean task reward of the step's completions, KL not included"),
     Metric("reward/std", "reward", "standard deviation of the task reward over the step's completions"),
@@ -96,6 +98,10 @@ METRICS = (
     Metric("time/verify_s", "s", "part of time/sync_s that a verification took; only at updates that were verified"),
     Metric("time/step_s", "s", "the whole step, evaluation and checkpoints excluded"),
     Metric("throughput/tokens_per_s", "tokens/s", "response tokens of the step over time/step_s"),
+    Metric("memory/generate_gib", "GiB", f"while sampling: {_PHASE_MEMORY}"),
+    Metric("memory/score_gib", "GiB", "likewise while scoring, the reference included"),
+    Metric("memory/train_gib", "GiB", "likewise in forward, backward and optimizer step"),
+    Metric("memory/sync_gib", "GiB", "likewise while weights are pushed, verification included"),
     Metric("memory/peak_gib", "GiB", "peak of rank 0: device memory on CUDA, resident memory of the process on CPU"),
     Metric("eval/<name>/accuracy", "fraction", "mean reward of the current policy on an evaluation set"),
     Metric("eval/<name>/stderr", "fraction", "standard error of that mean, prompts taken as independent"),
@@ -123,6 +129,9 @@ PANELS = {
     },
     "Where does the time go?": {
         "seconds": ["time/.*_s"],
+    },
+    "Where does the memory go?": {
+        "GiB of rank 0, by phase": ["memory/.*_gib"],
     },
 }
 """Question -> chart -> metrics (regular expressions): the page that TensorBoard shows under "Custom scalars"."""

@@ -1,4 +1,4 @@
-"""Wall-clock spans of one step, by name."""
+"""Wall-clock spans of one step, by name, and the memory of those that are its phases."""
 
 import time
 from collections import defaultdict
@@ -7,15 +7,18 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron_klrl.runtime.memory import MemoryMeter
+
 
 class Timers:
-    """Adds up seconds per span until they are taken.
+    """Adds up seconds per span, and notes the memory of phases, until they are taken.
 
     On CUDA the device is synchronised at the borders of a span, so that a span owns its kernels.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
+        self._memory = MemoryMeter()
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -28,11 +31,17 @@ class Timers:
             _synchronize()
             self._seconds[name] += time.perf_counter() - start
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A span that also notes the memory of its body; phases do not nest."""
+        with self.span(name), self._memory.phase(name):
+            yield
+
     def take(self) -> dict[str, float]:
-        """Seconds per span since the last call, as ``time/<name>_s``."""
+        """Since the last call: seconds per span as ``time/<name>_s``, and what ``MemoryMeter.take`` gives."""
         taken = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
-        return taken
+        return {**taken, **self._memory.take()}
 
 
 def _synchronize() -> None:
