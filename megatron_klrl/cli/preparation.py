@@ -13,7 +13,7 @@ from megatron_klrl.config.load import load_recipe
 from megatron_klrl.config.memory import estimate_memory
 from megatron_klrl.config.model_folder import ModelShape, describe_model
 from megatron_klrl.config.recipe import Recipe
-from megatron_klrl.config.validate import check_sleep, validate
+from megatron_klrl.config.validate import check_memory, validate
 from megatron_klrl.launch.devices import decide_ranks, visible_gpus
 from megatron_klrl.tasks.sources import check_data
 
@@ -50,10 +50,11 @@ def prepare(recipe_path: Path, overrides: Sequence[str], *, place: RankPlace | N
     """
     recipe = load_recipe(recipe_path, overrides)
     shape = describe_model(recipe.model.path)
-    gpus = visible_gpus() if place is None or recipe.generation.sleep else 0
+    wants_gpu = recipe.generation.sleep or recipe.memory.offload_while_generating
+    gpus = visible_gpus() if place is None or wants_gpu else 0
     world_size = decide_ranks(recipe, gpus=gpus) if place is None else place.world_size
     warnings = validate(recipe, world_size)
-    check_sleep(recipe, gpus=gpus)
+    check_memory(recipe, gpus=gpus)
     warnings += check_data(recipe)
     return Preparation(name=recipe_path.stem, recipe=recipe, shape=shape, world_size=world_size, warnings=warnings)
 

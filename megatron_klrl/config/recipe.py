@@ -95,6 +95,8 @@ class MemorySection(Section):
     recompute: Recompute = Recompute.NONE
     """Activations computed again in the backward: none; attention, the core attention of each layer; full, whole
     layers, for a third more work."""
+    offload_while_generating: Flag = False
+    """Optimiser state is in host memory, and gradient buffers are freed, from each update to the next. Needs CUDA."""
 
 
 class HeadKernels(StrEnum):

@@ -257,11 +257,17 @@ def check_truncation(plan: Plan) -> None:
         raise UserError(reason, field=field, fix=fix)
 
 
-def check_sleep(recipe: Recipe, *, gpus: int) -> None:
-    """Only a GPU's memory is given back: vLLM ignores the request on CPU."""
+def check_memory(recipe: Recipe, *, gpus: int) -> None:
+    """Only a GPU's memory is given back: vLLM ignores the request on CPU, and the trainer has nowhere to move to."""
     if recipe.generation.sleep and gpus == 0:
         problem = "is true, but there is no GPU whose memory the engine could give back"
         raise UserError(problem, field="generation.sleep", fix="set generation.sleep=false")
+    if recipe.memory.offload_while_generating and gpus == 0:
+        raise UserError(
+            "is true, but there is no GPU: the trainer's memory is the host's already",
+            field="memory.offload_while_generating",
+            fix="set memory.offload_while_generating=false",
+        )
 
 
 def check_kl(plan: Plan) -> None:

@@ -65,6 +65,10 @@ class TrainEngine(Protocol):
         """Clip and step."""
         ...
 
+    def offload(self) -> None:
+        """Free device memory that only an update needs, gradient included; what needs it next brings it back."""
+        ...
+
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face-named full tensors, streamed to every rank."""
         ...

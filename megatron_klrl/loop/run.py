@@ -91,6 +91,7 @@ class Run:
     def train(self) -> None:
         """Run from the current state to the last step."""
         loop = self.parts.recipe.loop
+        self._offload()
         if self.state.step == 0:
             self._start()
         with self._console.training(first_step=self.state.step):
@@ -128,6 +129,7 @@ class Run:
             split = beta > 0 and every > 0 and step % every == 0
             metrics, scores = train_on(batch, parts, beta=beta, split_gradient=split)
             moved = reference.after_step(parts, step=step)
+            self._offload()
             with timers.phase("sync"):
                 version = self.state.weight_version + 1
                 first = not self._has_refitted
@@ -163,7 +165,14 @@ class Run:
         if self.state.reference_step:
             self.state = replace(self.state, reference_checksum=reference.checksum(self.parts))
         root, recipe = self.run_dir / "checkpoints", dump_recipe(self.parts.recipe)
-        return checkpoints.save(root, self.state, recipe, self._write_tensors)
+        written = checkpoints.save(root, self.state, recipe, self._write_tensors)
+        self._offload()
+        return written
+
+    def _offload(self) -> None:
+        """Where wanted, what only an update needs goes before the engine takes memory again."""
+        if self.parts.recipe.memory.offload_while_generating:
+            self.parts.trainer.offload()
 
     def _write_tensors(self, folder: Path) -> None:
         self.parts.trainer.save(folder)

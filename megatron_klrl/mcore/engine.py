@@ -18,6 +18,7 @@ from megatron_klrl.mcore.groups import ProcessGroups
 from megatron_klrl.mcore.head import Head
 from megatron_klrl.mcore.microbatches import Batching, Microbatch
 from megatron_klrl.mcore.model import padded_vocab_size, unwrap
+from megatron_klrl.mcore.offload import Offload
 from megatron_klrl.mcore.optimizer import OptimizerSettings
 from megatron_klrl.mcore.passes import AtHead, Mode
 from megatron_klrl.mcore.reference import Reference
@@ -137,6 +138,7 @@ class MegatronEngine:
         self.chunks, self.optimizer = optimizer.trained(
             self._plain_chunks(folder, settings.dtype), settings.optimizer, dtype=settings.dtype, device=world.device
         )
+        self._offload = Offload(self.chunks, self.optimizer, device=world.device)
         self._streams = Streams(self._bare(), shape=shape, groups=groups, world=world, settings=settings.sync)
         self.step = 0
 
@@ -193,6 +195,7 @@ class MegatronEngine:
         Returns:
             The loss of the whole batch and the metrics that the loss adds up, on every rank.
         """
+        self._offload.move_back()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -246,6 +249,10 @@ class MegatronEngine:
         _, grad_norm, _ = self.optimizer.step()
         self.step += 1
         return UpdateReport(grad_norm=float(grad_norm), lr=lr)
+
+    def offload(self) -> None:
+        """Free device memory that only an update needs, gradient included; what needs it next brings it back."""
+        self._offload.move_out()
 
     def _bare(self) -> list[Any]:
         return [unwrap(chunk) for chunk in self.chunks]
@@ -318,6 +325,7 @@ class MegatronEngine:
         self._rewrite((name, moves.against(name, weight, gradient, eta=eta)) for (name, weight), (_, gradient) in pairs)
 
     def _rewrite(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        self._offload.move_back()
         moves.rewrite(self._bare(), weights, shape=self.shape, groups=self.groups)
         self.optimizer.reload_model_params()  # its float32 copies of bf16 weights
 
@@ -327,10 +335,12 @@ class MegatronEngine:
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer to an existing, empty folder."""
+        self._offload.move_back()
         checkpoint.save(folder, self.chunks, self.optimizer, groups=self.groups)
 
     def load(self, folder: Path) -> None:
         """Read model and optimizer back, whatever layout wrote them."""
+        self._offload.move_back()
         checkpoint.load(folder, self.chunks, self.optimizer, groups=self.groups)
 
     def _reference(self, folder: Path) -> Reference:

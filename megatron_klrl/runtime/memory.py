@@ -20,7 +20,7 @@ class MemoryMeter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Note the memory of the body: its peak on CUDA; on CPU, which keeps no such peak, what is resident at its end."""
+        """Note the memory of the body: its peak on CUDA; on CPU, which resets no peak, what is resident at its end."""
         if torch.cuda.is_initialized():
             self._most = max(self._most, _device_peak())
             torch.cuda.reset_peak_memory_stats()

@@ -7,7 +7,7 @@ import pytest
 from megatron_klrl.config.describe import kl_verdict
 from megatron_klrl.config.load import load_recipe
 from megatron_klrl.config.recipe import Recipe
-from megatron_klrl.config.validate import check_sleep, validate
+from megatron_klrl.config.validate import check_memory, validate
 from megatron_klrl.errors import UserError
 from tests.unit.config.folders import make_folder, make_recipe
 
@@ -50,7 +50,11 @@ def test_with_consent_the_run_says_what_it_samples_from(tmp_path: Path) -> None:
 
 def test_memory_is_given_back_on_gpus_alone(tmp_path: Path) -> None:
     recipe = load(tmp_path, "generation.sleep=true")
-    check_sleep(recipe, gpus=1)
+    check_memory(recipe, gpus=1)
     with pytest.raises(UserError, match=r"generation.sleep: is true, but there is no GPU.*set generation.sleep=false"):
-        check_sleep(recipe, gpus=0)
-    check_sleep(load(tmp_path), gpus=0)
+        check_memory(recipe, gpus=0)
+    recipe = load(tmp_path, "memory.offload_while_generating=true")
+    check_memory(recipe, gpus=1)
+    with pytest.raises(UserError, match=r"memory.offload_while_generating: is true, but there is no GPU.*=false"):
+        check_memory(recipe, gpus=0)
+    check_memory(load(tmp_path), gpus=0)
