@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_REFUSED = {
+    "composite": "takes objects, which a recipe cannot hold",
+    # They draw from sets of strings, whose order differs from process to process: ranks would disagree on prompts.
+    "isomorphic_strings": "makes other entries in every process",
+    "polynomial_multiplication": "makes other entries in every process",
+    "ransom_note": "makes other entries in every process",
+}
+
+
 def procedural_dataset(name: str, *, size: int, seed: int, config: Mapping[str, object], field: str) -> Any:
     """One of reasoning-gym's data sets.
 
@@ -26,9 +35,10 @@ def procedural_dataset(name: str, *, size: int, seed: int, config: Mapping[str, 
     except ImportError as error:
         fix = "pip install 'megatron-klrl[tasks]'"
         raise UserError(f"reasoning-gym cannot be imported ({error})", field=f"{field}.task", fix=fix) from error
-    if name not in DATASETS or name == "composite":  # a composite takes objects, which a recipe cannot hold
-        fix = f"use one of: {', '.join(sorted(set(DATASETS) - {'composite'}))}"
-        raise UserError(f"reasoning-gym has no data set {name!r}", field=f"{field}.dataset", fix=fix)
+    if name not in DATASETS or name in _REFUSED:
+        problem = f"{name} {_REFUSED[name]}" if name in _REFUSED else f"reasoning-gym has no data set {name!r}"
+        fix = f"use one of: {', '.join(sorted(set(DATASETS) - set(_REFUSED)))}"
+        raise UserError(problem, field=f"{field}.dataset", fix=fix)
     try:
         return create_dataset(name, size=size, seed=seed, **config)
     except (TypeError, ValueError, AssertionError) as error:

@@ -50,7 +50,8 @@ def test_only_the_full_score_counts_and_a_scorer_that_raises_is_counted() -> Non
     ("name", "config", "message"),
     [
         ("chain_sums", {}, "data.train.dataset: reasoning-gym has no data set 'chain_sums'.*chain_sum"),
-        ("composite", {}, "data.train.dataset: reasoning-gym has no data set 'composite'"),
+        ("composite", {}, "data.train.dataset: composite takes objects"),
+        ("ransom_note", {}, "data.train.dataset: ransom_note makes other entries in every process.*chain_sum"),
         ("chain_sum", {"min_term": 2}, "data.train.config: chain_sum does not take it: .*min_term"),
         ("chain_sum", {"min_terms": 9, "max_terms": 3}, "data.train.config: chain_sum does not take it: max_terms"),
     ],
