@@ -5,7 +5,9 @@ vLLM is written to own its process. Inside a training rank it would reseed the g
 newer versions, destroy the default process group when an engine goes. Each guard below names what it guards against.
 """
 
+import importlib
 import importlib.metadata
+import importlib.util
 import os
 import random
 import sys
@@ -117,12 +119,14 @@ def _name_segments_by_job() -> None:
 
 
 def _activate_experts() -> None:
+    """vLLM 0.24 keeps the activations of experts in a table of its own, in a module that later versions do not have."""
+    name = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"
+    if importlib.util.find_spec(name) is None:
+        return
     from vllm.model_executor.layers.activation import SiluAndMul  # noqa: PLC0415
-    from vllm.model_executor.layers.fused_moe import cpu_fused_moe  # noqa: PLC0415
 
-    functions: Any = getattr(cpu_fused_moe, "_CPU_MOE_ACT_FN", None)  # private: other versions may have no such table
-    if functions is not None:
-        functions[cpu_fused_moe.MoEActivation.SILU] = SiluAndMul.forward_native
+    experts: Any = importlib.import_module(name)
+    experts._CPU_MOE_ACT_FN[experts.MoEActivation.SILU] = SiluAndMul.forward_native
 
 
 def _disable_dynamo() -> None:

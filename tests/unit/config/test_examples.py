@@ -16,7 +16,7 @@ every = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 @every
 def test_it_is_valid(path: Path, tmp_path: Path) -> None:
     on_cpu = path.stem.endswith("_cpu")
-    model = [] if on_cpu else [f"model.path={make_folder(tmp_path / "model", max_position_embeddings=32768)}"]
+    model = [] if on_cpu else [f"model.path={make_folder(tmp_path / 'model', max_position_embeddings=32768)}"]
     recipe = load_recipe(path, model)
     warned = validate(recipe, 2 if on_cpu else 8)
     allowed = recipe.kl.allow_biased
