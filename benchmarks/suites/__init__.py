@@ -12,12 +12,22 @@ _HOMES = {
     "kl_matrix": "benchmarks.suites.kl_matrix:kl_matrix",
     "reshard": "benchmarks.suites.reshard:reshard",
     "reshard_match": "benchmarks.suites.reshard:reshard_match",
+    "step_replay": "benchmarks.suites.step:step_replay",
     "g_logp_entropy": "benchmarks.suites.gpu:g_logp_entropy",
     "g_loss_fwd_bwd": "benchmarks.suites.gpu:g_loss_fwd_bwd",
     "g_head": "benchmarks.suites.gpu:g_head",
     "g_refit_local": "benchmarks.suites.reshard:g_refit_local",
 }
-CPU_NAMES = ("loss_logits", "loss_logits_eager", "head_hidden", "tp_loss", "kl_matrix", "reshard", "reshard_match")
+CPU_NAMES = (
+    "loss_logits",
+    "loss_logits_eager",
+    "head_hidden",
+    "tp_loss",
+    "kl_matrix",
+    "reshard",
+    "reshard_match",
+    "step_replay",
+)
 GPU_NAMES = ("g_logp_entropy", "g_loss_fwd_bwd", "g_head", "g_refit_local")
 
 
