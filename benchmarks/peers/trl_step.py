@@ -17,14 +17,18 @@ Step = Callable[[], Answer]
 _NEVER = 2**30
 
 
-def replay(work: Replay) -> Step:
+def replay(work: Replay, *, recompute: bool) -> Step:
     """Its methods in its order: ``_get_per_token_logps_and_entropies`` of policy and reference without gradient, as
     ``_generate_and_score_completions`` calls it; ``training_step``, which calls ``_prepare_inputs``, ``compute_loss``
     (``_compute_loss``) and the backward; then clipping, its AdamW and zeroing, as the ``Trainer``'s inner loop does.
 
-    Decoding, rewards, advantages and logs are left out. Neither bfloat16 nor activation recompute, both its defaults.
+    Decoding, rewards, advantages and logs are left out. float32, where bfloat16 is its default.
+
+    Args:
+        work: the rows.
+        recompute: compute activations again in the backward, which is its default.
     """
-    trainer = _trainer(work)
+    trainer = _trainer(work, recompute=recompute)
     rows = _inputs(work, trainer)
 
     def step() -> Answer:
@@ -40,11 +44,11 @@ def replay(work: Replay) -> Step:
     return step
 
 
-def _trainer(work: Replay) -> Any:
+def _trainer(work: Replay, *, recompute: bool) -> Any:
     """A trainer whose next step would not generate, and whose optimizer exists."""
     scratch = tempfile.TemporaryDirectory(prefix="klrl-trl-")
     settings = GRPOConfig(
-        output_dir=scratch.name, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+        output_dir=scratch.name, use_cpu=True, bf16=False, gradient_checkpointing=recompute, report_to=[],
         model_init_kwargs={"dtype": "float32"}, learning_rate=LEARNING_RATE, max_grad_norm=CLIP_GRAD,
         per_device_train_batch_size=len(work.prompts), num_generations=GROUP_SIZE, max_completion_length=work.tokens,
         # More than one iteration is what makes it compute old log-probabilities; so many that none generates.
@@ -59,6 +63,8 @@ def _trainer(work: Replay) -> Any:
     trainer.scratch = scratch  # lives as long as the trainer
     reference = AutoModelForCausalLM.from_pretrained(work.reference, dtype=torch.float32)
     trainer.ref_model.load_state_dict(reference.state_dict())
+    if recompute:
+        trainer.model.activation_checkpointing_enable()  # as train() does at its start
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
     trainer._step = 1  # the first step, 0, generates

@@ -1,5 +1,7 @@
 """One step of a trainer on completions that exist: what every update costs once something has been sampled."""
 
+from dataclasses import replace
+
 from benchmarks.harness.spec import Benchmark, Case, Contestant, Goal, Tolerance
 
 GROUP = "score and train"
@@ -12,14 +14,19 @@ PACKED = Contestant(
     group=GROUP, note="the same rows one after the other",
 )  # fmt: skip
 TRL = Contestant(
-    name="TRL GRPOTrainer", factory="benchmarks.peers.trl_step:replay", group=GROUP, requires=("trl", "datasets"),
+    name="TRL GRPOTrainer", factory="benchmarks.peers.trl_step:replay", options={"recompute": False}, group=GROUP,
+    requires=("trl", "datasets"),
     note="_get_per_token_logps_and_entropies of policy and reference, training_step, clipping, its AdamW; no decoding, "
-    "rewards or logs; float32 and no activation recompute, where it defaults to bfloat16 and recompute",
+    "rewards or logs; float32, where it defaults to bfloat16",
+)  # fmt: skip
+TRL_RECOMPUTE = replace(
+    TRL, name="TRL GRPOTrainer, recompute", options={"recompute": True},
+    note="with activations computed again in the backward, its default: less memory for one forward more",
 )  # fmt: skip
 # Four layers of float32 products against float64: 1e-6 per log-probability. The loss is their mean; the norm of the
 # gradient is held to the same bound as they are.
 TOLERANCE = Tolerance(loss=1e-5, values=1e-5, gradient=1e-5)
-CONTESTANTS = (PADDED, TRL, PACKED)
+CONTESTANTS = (PADDED, TRL, PACKED, TRL_RECOMPUTE)
 
 
 def step_replay() -> Benchmark:

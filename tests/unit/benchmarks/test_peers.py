@@ -10,11 +10,13 @@ from benchmarks.harness.ranks import join_ranks
 from benchmarks.harness.session import not_in_parity
 from benchmarks.harness.spec import Case, Contestant
 from benchmarks.harness.worker import Worker
-from benchmarks.suites import head, kl_matrix, logits, reshard
+from benchmarks.suites import head, kl_matrix, logits, reshard, step
+from megatron_klrl.mcore import groups
 from megatron_klrl.vocab_parallel import kernels
 from tests.support.ranks import run_ranks
 
 FROM_LOGITS = {"batch": 2, "tokens": 6, "vocab": 130}
+REPLAYED = {"sequences": 4, "tokens": 8, "layers": 2, "width": 64, "vocab": 50}
 FROM_HIDDEN = {"batch": 2, "tokens": 6, "width": 8, "vocab": 130, "dtype": "float32"}
 
 
@@ -79,6 +81,19 @@ def test_from_hidden(contestant: Contestant) -> None:
 @pytest.mark.parametrize("case", kl_matrix.kl_matrix().quick_cases, ids=lambda case: case.name)
 def test_kl_terms(case: Case) -> None:
     assert problem(kl_matrix.OURS, case, dict(case.parameters)) == ""
+
+
+def _check_steps(folder: str) -> None:
+    with join_ranks(rank=0, ranks=1, meeting=f"{folder}/meeting", device="cpu"):
+        case = step.step_replay().quick_cases[0]
+        for contestant in (step.PADDED, step.PACKED):
+            assert problem(contestant, case, REPLAYED) == "", contestant.name
+            groups.destroy()
+
+
+@pytest.mark.slow
+def test_a_replayed_step(tmp_path: Path) -> None:
+    run_ranks(1, _check_steps, str(tmp_path))
 
 
 @pytest.mark.usefixtures("alone")
