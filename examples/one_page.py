@@ -32,7 +32,7 @@ from megatron_klrl.loop.optimum import Point, optimal_point
 from megatron_klrl.metrics.step import per_sequence
 from megatron_klrl.rl.advantages import rloo
 from megatron_klrl.tasks.arithmetic import ArithmeticTask
-from megatron_klrl.tasks.task import Task
+from megatron_klrl.tasks.task import Response, Task
 from megatron_klrl.types import Prompt
 from megatron_klrl.vocab_parallel.measures import TokenMeasures, measure
 from megatron_klrl.vocab_parallel.shard import VocabShard
@@ -108,16 +108,15 @@ def sample(models: Models, task: Task, prompts: Sequence[Prompt]) -> Samples:
     ends = responses == models.tokenizer.eos_token_id
     mask = (ends.cumsum(-1) - ends.long()) == 0  # up to the first end-of-sequence token, itself included
     every_logprob = torch.stack(written.logits, 1).log_softmax(-1)
-    rewards = [
-        task.verify(prompt, row[kept].tolist(), "stop" if bool(end.any()) else "length")
-        for prompt, row, kept, end in zip(repeated, responses, mask, ends, strict=True)
+    answers = [
+        Response(prompt, row[kept].tolist()) for prompt, row, kept in zip(repeated, responses, mask, strict=True)
     ]
     return Samples(
         tokens=written.sequences,
         attention=torch.cat([padded["attention_mask"], torch.ones_like(responses)], 1),
         mask=mask,
         rollout_logprobs=every_logprob.gather(-1, responses.unsqueeze(-1)).squeeze(-1).where(mask, 0.0),
-        rewards=torch.tensor(rewards),
+        rewards=torch.tensor(task.verify(answers).rewards),
     )
 
 
