@@ -1,7 +1,8 @@
 """The whole algorithm on one page: reinforcement learning of a language model that is held near a reference.
 
     python examples/one_page.py --steps 30
-    python examples/one_page.py --kl loss/k1/token/none    # expectation zero: nothing holds the policy
+    python examples/one_page.py --beta 0.5                            # reaches J = 0.54 at 0.5 nats; optimum 0.59
+    python examples/one_page.py --beta 0.5 --kl loss/k1/token/none    # 0.33 at 1.1: in expectation nothing holds it
 
 The objective is J = E[R] - beta * KL(policy || reference), the KL summed over the tokens of a response, in nats. An
 update applies an estimate of its gradient, and of the many ways to write the KL part of that down, few are estimates of
