@@ -51,4 +51,6 @@ def test_what_both_environments_hold_has_one_version() -> None:
     trainer, peers = pins("set-a"), pins("bench")
     shared = trainer.keys() & peers.keys()
     assert {"torch", "megatron-core", "transformers", "numpy", "uv"} <= shared
-    assert {name: (trainer[name], peers[name]) for name in shared if trainer[name] != peers[name]} == {}
+    # verl's configuration library takes this parser's old format alone; no benchmark reads mathematics with it
+    apart = {"antlr4-python3-runtime"}
+    assert {name: (trainer[name], peers[name]) for name in shared - apart if trainer[name] != peers[name]} == {}
