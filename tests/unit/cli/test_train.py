@@ -45,7 +45,7 @@ def test_bad_input_is_exit_code_2_and_one_message(tmp_path: Path, overrides: lis
 def test_a_missing_recipe_names_its_neighbours(tmp_path: Path) -> None:
     done = klrl("train", RECIPE.with_name("arithmetic_gpu.yml"), cwd=tmp_path)
     assert done.returncode == 2
-    assert f"did you mean {RECIPE}?" in done.stderr
+    assert f"did you mean {RECIPE}" in done.stderr
 
 
 def test_traceback_on_request(tmp_path: Path) -> None:
