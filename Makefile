@@ -1,6 +1,6 @@
 # The two commands of the README are `make train` and `make test`; both start from nothing, and again is quick.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format test-next bench clean
+.PHONY: help setup train test check format test-long test-next bench clean
 
 VENV := .venv
 VENV_NEXT := .venv-next
@@ -41,6 +41,10 @@ check: setup ## format, lint, types and import layers
 format: setup ## rewrite the sources as ruff formats them
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --select I --fix .
+
+test-long: setup ## the tests that take longest: probes and layouts of the default recipe, every engine layout
+	@echo "[test-long] pytest -m long"
+	@$(TEST_ENV) $(BIN)/python -m pytest --durations=10 -m long
 
 test-next: ## the end-to-end tests on the next versions (.venv-next, set B)
 	@echo "[test-next] checking $(VENV_NEXT)"

@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.test_train import RECIPE, klrl
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 
 def test_the_default_configuration_holds() -> None:

@@ -9,6 +9,7 @@ from tests.e2e.test_train import RECIPE, klrl
 pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.long
 def test_every_default_layout_holds() -> None:
     """One of each kind, with the loss side of a KL that takes the full vocabulary: the hardest gradient to cut."""
     done = klrl("check", "layout", RECIPE, "kl.estimator=exact", "kl.placement=both", "--json")

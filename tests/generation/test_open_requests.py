@@ -23,13 +23,20 @@ def finish(engine: VLLMEngine, tickets: list[str]) -> dict[str, Completion]:
     return found
 
 
+def check_same(found: list[Completion], expected: list[Completion]) -> None:
+    """But for rounding: on some processors a product of few rows is summed in another order than one of many."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert replace(ours, logprobs=()) == replace(theirs, logprobs=())
+        assert ours.logprobs == pytest.approx(theirs.logprobs, rel=0, abs=LOGPROB_ATOL)
+
+
 def test_steps_give_what_generate_gives(engine: VLLMEngine) -> None:
     together = engine.generate(REQUESTS, SAMPLING)
     first = engine.submit(REQUESTS[:5], SAMPLING)
     found = engine.step() | engine.step()
     second = engine.submit(REQUESTS[5:], SAMPLING)
     found |= finish(engine, [ticket for ticket in first + second if ticket not in found])
-    assert [found[ticket] for ticket in first + second] == together
+    check_same([found[ticket] for ticket in first + second], together)
     assert engine.step() == {}
 
 
@@ -42,11 +49,11 @@ def test_aborted_requests_keep_what_they_had_written(engine: VLLMEngine) -> None
     for ticket, whole in zip(tickets[:3], together, strict=False):
         assert dropped[ticket].finish_reason == "aborted"
         assert dropped[ticket].token_ids == whole.token_ids[:4]
-        assert dropped[ticket].logprobs == whole.logprobs[:4]
+        assert dropped[ticket].logprobs == pytest.approx(whole.logprobs[:4], rel=0, abs=LOGPROB_ATOL)
     assert len(dropped) == 3
     assert engine.abort(tickets[:3]) == {}
     found = finish(engine, tickets[3:])
-    assert [found[ticket] for ticket in tickets[3:]] == together[3:]
+    check_same([found[ticket] for ticket in tickets[3:]], together[3:])
 
 
 def test_generate_refuses_to_run_beside_open_requests(engine: VLLMEngine) -> None:

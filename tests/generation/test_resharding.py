@@ -19,6 +19,8 @@ from tests.support.models import LLAMA31_ROPE, SMALL, write_model
 from tests.support.ranks import run_ranks
 from tests.support.trainer import trainer_in
 
+pytestmark = pytest.mark.long
+
 # vLLM's attention on CPU wants heads of 32 at least
 SIZES = {**SMALL, "hidden_size": 128, "num_hidden_layers": 2}
 MODELS: dict[str, PretrainedConfig] = {

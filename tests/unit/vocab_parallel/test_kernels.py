@@ -63,6 +63,7 @@ def test_compiled_equals_eager() -> None:
 
 
 @needs_compiler
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_compiled_where_dynamo_is_off_and_cuda_means_cpu() -> None:
     """As in the trainer's process on CPU, where dynamo is switched off by both of its switches."""
