@@ -50,7 +50,7 @@ test-next: ## the end-to-end tests on the next versions (.venv-next, set B)
 	@echo "[test-next] checking $(VENV_NEXT)"
 	@environment/install.sh $(VENV_NEXT) set-b
 	@echo "[test-next] pytest tests/e2e"
-	@$(TEST_ENV) $(VENV_NEXT)/bin/python -m pytest --durations=10 tests/e2e
+	@$(TEST_ENV) $(VENV_NEXT)/bin/python -m pytest --durations=10 -m "not gpu" tests/e2e
 
 bench: ## compare with other libraries in their environment (BENCH="loss_logits --json FILE")
 	@echo "[bench] checking $(VENV_BENCH)"

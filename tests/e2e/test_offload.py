@@ -11,7 +11,7 @@ from tests.e2e.test_train import RECIPE
 from tests.mcore.test_offload import bytes_of_state
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 SHORT = ["loop.steps=2", "loop.checkpoint_every=1", "data.eval={}", "optimum.prompts=0", "parallel.tensor=1"]
 
 

@@ -200,6 +200,7 @@ def test_the_same_seed_repeats_the_run_and_another_does_not(trained: Trained, tm
     assert reproducible(Trained(other, "").metrics()) != reproducible(Trained(same, "").metrics())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "layout",
     [

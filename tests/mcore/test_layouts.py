@@ -124,8 +124,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_model(root / name, config) for name, config in FAMILIES.items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["qwen3_tied", "llama31_untied"])
+QUICK = ("one_rank", "tp2", "pp2", "tp2_pp2")
+"""Layouts of the second family that every test run takes; the first takes all."""
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("qwen3_tied", layout) for layout in LAYOUTS]
+    + [pytest.param("llama31_untied", layout, marks=() if layout in QUICK else pytest.mark.long) for layout in LAYOUTS],
+)
 def test_every_layout_equals_transformers(folders: dict[str, Path], family: str, layout: str) -> None:
     logprobs, loss, gradients = oracle(folders[family])
     for result in run_ranks(LAYOUTS[layout][0], measure, folders[family], LAYOUTS[layout]):
