@@ -190,6 +190,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(trained: Trained, tmp_path:
     assert reproducible(Trained(again, "").metrics()) == reproducible(trained.metrics())
 
 
+@pytest.mark.long
 def test_the_same_seed_repeats_the_run_and_another_does_not(trained: Trained, tmp_path: Path) -> None:
     short = ["loop.steps=3", "data.eval={}", "optimum.prompts=0"]
     same, other = tmp_path / "same", tmp_path / "other"
