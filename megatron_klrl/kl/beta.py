@@ -27,8 +27,18 @@ class BetaRule(Protocol):
         ...
 
 
+class _Scheduled:
+    """A rule that depends on the step alone."""
+
+    __slots__ = ()
+
+    def learn(self, beta: float, kl: float) -> float | None:
+        """Nothing."""
+        del beta, kl
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fixed:
+class Fixed(_Scheduled):
     """The same beta at every step."""
 
     value: float
@@ -38,13 +48,9 @@ class Fixed:
         del step, learnt
         return self.value
 
-    def learn(self, beta: float, kl: float) -> float | None:
-        """Nothing."""
-        del beta, kl
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Linear:
+class Linear(_Scheduled):
     """From ``start`` at step 1 to ``final`` at step ``steps``, straight; then ``final``."""
 
     start: float
@@ -56,13 +62,9 @@ class Linear:
         del learnt
         return self.start + (self.final - self.start) * progress(step, self.steps)
 
-    def learn(self, beta: float, kl: float) -> float | None:
-        """Nothing."""
-        del beta, kl
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cosine:
+class Cosine(_Scheduled):
     """From ``start`` at step 1 to ``final`` at step ``steps`` along half a cosine; then ``final``."""
 
     start: float
@@ -73,10 +75,6 @@ class Cosine:
         """See ``BetaRule.beta``."""
         del learnt
         return self.final + (self.start - self.final) * (1 + math.cos(math.pi * progress(step, self.steps))) / 2
-
-    def learn(self, beta: float, kl: float) -> float | None:
-        """Nothing."""
-        del beta, kl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
