@@ -51,7 +51,7 @@ def test_what_both_environments_hold_has_one_version() -> None:
     trainer, peers = pins("set-a"), pins("bench")
     shared = trainer.keys() & peers.keys()
     assert {"torch", "megatron-core", "transformers", "numpy", "uv"} <= shared
-    # verl's configuration library takes this parser's old format alone, with which math-verify does not read 10 percent; no
+    # verl's configuration library takes this parser's old format alone, in which math-verify misreads per cent; no
     # benchmark reads mathematics
     apart = {"antlr4-python3-runtime": ("4.13.2", "4.9.3")}
     assert {name: (trainer[name], peers[name]) for name in shared if trainer[name] != peers[name]} == apart
