@@ -46,7 +46,7 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
                 console=console,
                 tokenizer=place.tokenizer,
                 source=place.folder,
-                facts=_facts(recipe, place),
+                facts=card_facts(recipe, place, command=shlex.join(["klrl", *sys.argv[1:]])),
                 resume=resume,
             )
             run.train()
@@ -221,14 +221,15 @@ def _parts(recipe: Recipe, place: "Site", console: RunConsole) -> "Parts":
     return parts
 
 
-def _facts(recipe: Recipe, place: "Site") -> dict[str, str]:
+def card_facts(recipe: Recipe, place: "Site", *, command: str) -> dict[str, str]:
+    """What the run card says of a run from its start."""
     return {
         "objective": objective_text(recipe),
         "KL": kl_text(recipe),
         "KL verdict": kl_verdict(recipe),
         "model": recipe.model.path,
         "layout": layout_text(recipe, world_size=place.world.size),
-        "command": shlex.join(["klrl", *sys.argv[1:]]),
+        "command": command,
     }
 
 

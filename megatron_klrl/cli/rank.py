@@ -6,13 +6,12 @@ import traceback as tracebacks
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import typer
 
 from megatron_klrl.cli.reporting import tell
 from megatron_klrl.errors import UserError, WorkError
-from megatron_klrl.launch.failure import EXIT_CODES, Failure, write_failure
+from megatron_klrl.launch.failure import EXIT_CODES, Failure, kind_of, write_failure
 from megatron_klrl.launch.local import RUN_DIR_VARIABLE
 from megatron_klrl.runtime.logs import log_file
 
@@ -77,8 +76,7 @@ def run_as_rank(work: Callable[[], None], *, place: RankPlace, run_dir: Path | N
     except (UserError, WorkError) as error:
         if traceback:
             sys.stderr.write(tracebacks.format_exc())
-        kind: Literal["user", "work"] = "user" if isinstance(error, UserError) else "work"
-        _fail(Failure(kind=kind, rank=place.rank, message=str(error)), place, run_dir)
+        _fail(Failure(kind=kind_of(error), rank=place.rank, message=str(error)), place, run_dir)
     except Exception as error:  # noqa: BLE001 - the boundary of the rank: whatever it is, the parent must hear of it
         sys.stderr.write(tracebacks.format_exc())
         where = f" (traceback in {log_file(run_dir, place.rank)})" if run_dir and place.rank and place.run_dir else ""

@@ -113,11 +113,12 @@ def _start(command: list[str], environment: dict[str, str], rank: int, run_dir: 
             stderr=None if rank == 0 else log,
             # An own session: Ctrl-C reaches the ranks once, through us, and killing takes their children too.
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  this process has no threads
+            preexec_fn=die_with_parent,  # noqa: PLW1509  this process has no threads
         )
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """In a child, before it runs its program: the kernel kills it when this process ends, however that comes."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -8,7 +8,8 @@ from typing import Any
 from megatron_klrl.errors import WorkError
 from megatron_klrl.kl.audit import audit_configuration
 from megatron_klrl.kl.config import KLConfig
-from megatron_klrl.loop.optimum import OptimumReport, Point
+from megatron_klrl.loop.closed_form import Point
+from megatron_klrl.loop.optimum import OptimumReport
 from megatron_klrl.metrics.names import known
 from megatron_klrl.tracking.card import Card
 from megatron_klrl.tracking.console import RunConsole
@@ -79,7 +80,10 @@ def as_json(report: OptimumReport) -> dict[str, Any]:
         "prompts": report.prompts,
         "samples": report.samples,
         "unsolved": report.unsolved,
-        **{name: _point(getattr(report, name)) for name in ("start", "reached", "optimal")},
+        "start": _point(report.start),
+        "reached": _point(report.reached),
+        "optimal": None if report.optimal is None else _point(report.optimal),
+        "reference_rates": list(report.reference_rates),
     }
 
 
@@ -98,7 +102,9 @@ def optimum_lines(report: OptimumReport) -> list[str]:
         f"[bold]J = E\\[R] - {report.beta:g} KL(policy || reference) on {report.prompts} x {report.samples} samples",
         f"{'':>22}{'accuracy':>10}{'KL nats':>10}{'J':>10}",
     ]
-    rows = (("start (reference)", report.start), ("reached", report.reached), ("optimum, closed form", report.optimal))
+    rows = [("start (reference)", report.start), ("reached", report.reached)]
+    if report.optimal is not None:
+        rows.append(("optimum, closed form", report.optimal))
     lines += [f"{name:>22}{p.accuracy:>10.3f}{p.kl:>10.3f}{p.objective:>10.3f}" for name, p in rows]
     if report.unsolved:
         lines.append(f"  ({report.unsolved} prompts were never solved by the reference: their optimum counts as 0)")

@@ -111,7 +111,7 @@ class Run:
             if self.record:
                 self.record.step(0, {}, found)
         spec = self.parts.recipe.optimum
-        if spec.prompts and self.parts.recipe.kl.beta > 0:
+        if spec.prompts and self.parts.recipe.has_reference:
             rates = optimum.success_rates(optimum.sample_for_optimum(self.parts), samples=spec.samples)
             self.state = replace(self.state, reference_rates=tuple(rates))
 
@@ -212,7 +212,8 @@ class Run:
         if report is not None:
             self.record.optimum(report)
             results["reached"] = point_text(report.reached)
-            results["optimum, closed form"] = point_text(report.optimal)
+            if report.optimal is not None:
+                results["optimum, closed form"] = point_text(report.optimal)
         self.record.card(Card(facts={**self._facts, **results}), step=self.state.step)
         self.record.close()
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron_klrl.batch import RolloutBatch, TokenScores, TrainBatch
 from megatron_klrl.config.recipe import Recipe
-from megatron_klrl.errors import WorkError
+from megatron_klrl.errors import DivergenceError
 from megatron_klrl.loop.parts import Parts
 from megatron_klrl.loop.update import (
     assemble,
@@ -40,7 +40,7 @@ def train_on(
         The step's metrics (times excluded) and the scores they come from: those of the policy before its updates.
 
     Raises:
-        WorkError: the loss or the gradient is not finite.
+        DivergenceError: the loss or the gradient is not finite.
     """
     recipe = at_beta(parts.recipe, beta)
     with parts.timers.phase("score"):
@@ -60,7 +60,7 @@ def train_on(
     metrics |= _averaged(updates)
     broken = [name for name, value in metrics.items() if not torch.isfinite(torch.tensor(value))]
     if broken:
-        raise WorkError(f"{', '.join(broken)} not finite at optimizer step {parts.trainer.step}")
+        raise DivergenceError(f"{', '.join(broken)} not finite at optimizer step {parts.trainer.step}")
     return metrics, scores
 
 
