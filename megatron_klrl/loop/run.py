@@ -9,7 +9,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_klrl.config.load import dump_recipe
-from megatron_klrl.loop import checkpoints, optimum, reference, rollout_file
+from megatron_klrl.loop import checkpoints, details, optimum, reference, rollout_file
 from megatron_klrl.loop.buffer import RolloutBuffer
 from megatron_klrl.loop.checkpoints import RunState
 from megatron_klrl.loop.evaluation import evaluate
@@ -156,6 +156,8 @@ class Run:
         if self.record:
             found = records(produced.rollouts, batch, scores, self._tokenizer, count=_SAMPLES_KEPT)
             self.record.samples(step, found)
+            if details.due(step, steps=loop.steps):
+                self.record.details(step, details.details(produced.rollouts, batch, scores, self._tokenizer))
         measured = timers.take()
         values["throughput/tokens_per_s"] = float(batch.lengths.sum()) / measured["time/step_s"]
         return values | measured
@@ -205,6 +207,8 @@ class Run:
         if self.record is None:
             return
         self.record.audit(self.parts.recipe.kl)
+        self.record.settings(self.parts.recipe)
+        self.record.frontier(self.state.reference_rates, beta=self.parts.recipe.kl.beta, step=self.state.step)
         results = {"steps": str(self.state.step), "result": str(exported)}
         if self.state.reference_checksum:
             since = f"step {self.state.reference_step}" if self.state.reference_step else "its folder"
