@@ -64,7 +64,7 @@ docs: setup ## the pages of docs/ as a site in build/site, those made from code 
 	@environment/install.sh $(VENV_DOCS) docs
 	@echo "[docs] docs/make_pages.py, mkdocs build --strict"
 	@$(BIN)/python docs/make_pages.py
-	@$(VENV_DOCS)/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict --quiet
 
 clean: ## remove environments, caches and build output; runs stay
 	@echo "[clean] environments, caches, build output"

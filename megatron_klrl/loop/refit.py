@@ -1,12 +1,13 @@
 """Weights from the trainer into the engines, and the proof that they arrived."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from megatron_klrl.config.recipe import Dtype, Recipe
-from megatron_klrl.errors import WorkError
+from megatron_klrl.errors import DivergenceError, WorkError
 from megatron_klrl.generation.engine import Completion, Memory, Request, Sampling
 from megatron_klrl.generation.refit import RefitReport
 from megatron_klrl.loop.parts import Parts
@@ -58,6 +59,7 @@ def refit(parts: Parts, *, version: int, verify: bool) -> dict[str, float]:
 
     Raises:
         WorkError: they did not arrive.
+        DivergenceError: they arrived, and what is computed from them is not finite.
     """
     parts.engine.wake(Memory.WEIGHTS)
     report = parts.engine.update_weights(parts.trainer.export_weights(), version=version, verify=verify)
@@ -69,6 +71,8 @@ def refit(parts: Parts, *, version: int, verify: bool) -> dict[str, float]:
         if wrong:
             raise WorkError(f"weight update {version} did not arrive as it was sent: {wrong}")
         found = agreement(parts, sampled(parts, purpose="verify", version=version))
+        if not math.isfinite(found.largest):
+            raise DivergenceError(f"after weight update {version} log-probabilities are not finite")
         bounds = BOUNDS[parts.recipe.precision.dtype]
         if not found.within(bounds):
             raise WorkError(

@@ -1,6 +1,7 @@
 """A study on real engines: what its second run computes is what a process of its own computes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,26 @@ def test_the_second_run_of_a_worker_is_the_run_of_a_fresh_process(tmp_path: Path
     again = klrl("study", tmp_path / "small.yaml", "--out", out)
     assert again.returncode == 0
     assert "2 runs: 2 have ended before, 0 to do" in again.stdout
+
+
+@pytest.mark.long
+def test_a_run_that_diverges_is_a_result_and_half_a_run_is_resumed(tmp_path: Path) -> None:
+    """Both on real engines: the next cell finds new ones, and the resumed run is the uninterrupted one, bit for bit."""
+    cells = {"wild": {"overrides": ["optimizer.lr=1e39", "optimizer.clip_grad=0.0"]}, "calm": {}}
+    overrides = [*OVERRIDES, "loop.checkpoint_every=2"]
+    file, out = write_study(tmp_path, cells=cells, overrides=overrides, keep_weights=True), tmp_path / "out"
+    done = klrl("study", file, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = {cell: json.loads((out / cell / "seed=0/outcome.json").read_text()) for cell in cells}
+    assert outcomes["wild"]["status"] == "diverged"
+    assert "not finite" in outcomes["wild"]["message"]
+    assert outcomes["calm"]["status"] == "done"
+    assert "* wild/seed=0: diverged: " in (out / "report.md").read_text()
+    whole, folder = rows(out / "calm/seed=0"), out / "calm/seed=0"
+    (folder / "outcome.json").unlink()
+    shutil.rmtree(folder / "checkpoints/step_000003")
+    again = klrl("study", file, "--out", out)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "1 to do, 1 from a checkpoint" in again.stdout
+    assert "resumed from" not in again.stdout, "a worker's console is quiet"
+    assert rows(folder) == whole
