@@ -1,5 +1,6 @@
 """Weights from the trainer into the engines, and the proof that they arrived."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -69,6 +70,11 @@ def refit(parts: Parts, *, version: int, verify: bool) -> dict[str, float]:
         if wrong:
             raise WorkError(f"weight update {version} did not arrive as it was sent: {wrong}")
         found = agreement(parts, sampled(parts, purpose="verify", version=version))
+        if not math.isfinite(found.largest):
+            raise WorkError(
+                f"after weight update {version} log-probabilities are not finite, though its weights are: training has "
+                "run away. Nothing of this step was saved; --resume with a smaller optimizer.lr"
+            )
         bounds = BOUNDS[parts.recipe.precision.dtype]
         if not found.within(bounds):
             raise WorkError(
