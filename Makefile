@@ -1,10 +1,11 @@
 # The two commands of the README are `make train` and `make test`; both start from nothing, and again is quick.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format test-long test-next bench clean
+.PHONY: help setup train test check format test-long test-next bench docs clean
 
 VENV := .venv
 VENV_NEXT := .venv-next
 VENV_BENCH := .venv-bench
+VENV_DOCS := .venv-docs
 RECIPE := examples/recipes/arithmetic_cpu.yaml
 BENCH := all --quick
 BIN := $(VENV)/bin
@@ -60,8 +61,15 @@ bench: ## compare with other libraries in their environment (BENCH="loss_logits 
 	@echo "[bench] benchmarks/run.py $(BENCH)"
 	@$(VENV_BENCH)/bin/python benchmarks/run.py $(BENCH)
 
+docs: setup ## the pages of docs/ as a site in build/site, those made from code made anew
+	@echo "[docs] checking $(VENV_DOCS)"
+	@environment/install.sh $(VENV_DOCS) docs
+	@echo "[docs] docs/make_pages.py, mkdocs build --strict"
+	@$(BIN)/python docs/make_pages.py
+	@$(VENV_DOCS)/bin/mkdocs build --strict --quiet
+
 clean: ## remove environments, caches and build output; runs stay
 	@echo "[clean] environments, caches, build output"
-	@rm -rf $(VENV) $(VENV).lock $(VENV_NEXT) $(VENV_NEXT).lock $(VENV_BENCH) $(VENV_BENCH).lock build dist \
+	@rm -rf $(VENV) $(VENV).lock $(VENV_NEXT) $(VENV_NEXT).lock $(VENV_BENCH) $(VENV_BENCH).lock $(VENV_DOCS) $(VENV_DOCS).lock build dist \
 		megatron_klrl.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

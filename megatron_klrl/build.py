@@ -91,6 +91,12 @@ def site(recipe: Recipe) -> Iterator[Site]:
         ranks.leave()
 
 
+def reseed(recipe: Recipe) -> None:
+    """Start every generator of this process anew, as a fresh rank of the recipe has them."""
+    seeds.seed_everything(recipe.loop.seed)
+    process_groups.seed_streams(recipe.loop.seed)
+
+
 def build_trainer(recipe: Recipe, place: Site) -> MegatronEngine:
     """The Megatron engine of a recipe."""
     kernels.use(kernels.Kernels(recipe.head.kernels.value))
@@ -126,7 +132,7 @@ def build_trainer(recipe: Recipe, place: Site) -> MegatronEngine:
 
 
 def _reference_folder(recipe: Recipe, place: Site) -> Path | None:
-    if recipe.kl.beta == 0:
+    if not recipe.has_reference:
         return None
     return place.folder if recipe.reference.path is None else resolve_folder(recipe.reference.path)
 

@@ -1,4 +1,4 @@
-"""The only two exceptions a user sees without a traceback."""
+"""The exceptions a user sees without a traceback: wrong input, and work that failed."""
 
 
 class UserError(Exception):
@@ -27,6 +27,10 @@ class WorkError(Exception):
     """The work itself failed (a run diverged, a check did not hold); the program ends with exit code 1."""
 
     exit_code = 1
+
+
+class DivergenceError(WorkError):
+    """Training left the numbers: a loss, gradient or weight is not finite. A study counts it as a result."""
 
 
 def _sentence(problem: str, field: str | None, fix: str | None) -> str:

@@ -57,9 +57,9 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
                 console=console,
                 tokenizer=place.tokenizer,
                 source=place.folder,
-                facts=_facts(recipe, place),
+                facts=card_facts(recipe, place, command=shlex.join(["klrl", *sys.argv[1:]])),
                 checkpoints=checkpoints,
-                ends=Ends(stop=stop, bound=_step_bound(recipe, run_dir, parts)),
+                ends=Ends(stop=stop, bound=step_bound(recipe, run_dir, parts)),
             )
             asked = run.train()
             if asked:
@@ -75,7 +75,8 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
     console.say(f"watch it with  {_beside_python('tensorboard')} --logdir {logdir}")
 
 
-def _step_bound(recipe: Recipe, run_dir: Path, parts: "Parts") -> StepBound:
+def step_bound(recipe: Recipe, run_dir: Path, parts: "Parts") -> StepBound:
+    """What ends this rank when a step takes longer than the recipe allows."""
     rank = parts.world.rank
 
     def fail(reason: str) -> None:
@@ -257,14 +258,15 @@ def _parts(recipe: Recipe, place: "Site", console: RunConsole, places: Places | 
     return parts
 
 
-def _facts(recipe: Recipe, place: "Site") -> dict[str, str]:
+def card_facts(recipe: Recipe, place: "Site", *, command: str) -> dict[str, str]:
+    """What the run card says of a run from its start."""
     return {
         "objective": objective_text(recipe),
         "KL": kl_text(recipe),
         "KL verdict": kl_verdict(recipe),
         "model": recipe.model.path,
         "layout": layout_text(recipe, world_size=place.world.size),
-        "command": shlex.join(["klrl", *sys.argv[1:]]),
+        "command": command,
     }
 
 

@@ -11,6 +11,8 @@ from megatron_klrl.cli.eval import evaluate
 from megatron_klrl.cli.export import export
 from megatron_klrl.cli.options import JsonOption, PlotOption, TracebackOption
 from megatron_klrl.cli.reporting import errors_reported
+from megatron_klrl.cli.study import study
+from megatron_klrl.cli.study_worker import study_worker
 from megatron_klrl.cli.train import train
 
 app = typer.Typer(
@@ -24,6 +26,8 @@ app = typer.Typer(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(export)
+app.command()(study)
+app.command("study-worker", hidden=True)(study_worker)
 app.command()(doctor)
 app.add_typer(check.app, name="check")
 app.add_typer(config.app, name="config")

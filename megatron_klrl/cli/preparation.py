@@ -52,14 +52,23 @@ def prepare(recipe_path: Path, overrides: Sequence[str], *, place: RankPlace | N
     """
     recipe = load_recipe(recipe_path, overrides)
     shape = describe_model(recipe.model.path)
+    world_size, warnings = check(recipe, place=place)
+    return Preparation(name=recipe_path.stem, recipe=recipe, shape=shape, world_size=world_size, warnings=warnings)
+
+
+def check(recipe: Recipe, *, place: RankPlace | None) -> tuple[int, list[str]]:
+    """Check a resolved recipe for the ranks there are, or will be; how many, and warnings.
+
+    Raises:
+        UserError: anything wrong with the recipe, its model, its files or the number of ranks.
+    """
     wants_gpu = recipe.generation.sleep or recipe.memory.offload_while_generating
     gpus = visible_gpus() if place is None or wants_gpu else 0
     world_size = decide_ranks(recipe, gpus=gpus) if place is None else place.world_size
     warnings = validate(recipe, world_size)
     check_memory(recipe, gpus=gpus)
     _check_known_metric(recipe.checkpoint.keep_best)
-    warnings += check_data(recipe)
-    return Preparation(name=recipe_path.stem, recipe=recipe, shape=shape, world_size=world_size, warnings=warnings)
+    return world_size, warnings + check_data(recipe)
 
 
 def _check_known_metric(name: str | None) -> None:

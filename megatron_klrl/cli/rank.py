@@ -6,13 +6,12 @@ import traceback as tracebacks
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import typer
 
 from megatron_klrl.cli.reporting import tell
 from megatron_klrl.errors import UserError, WorkError
-from megatron_klrl.launch.failure import EXIT_CODES, Failure, write_failure
+from megatron_klrl.launch.failure import EXIT_CODES, Failure, kind_of, write_failure
 from megatron_klrl.launch.local import RUN_DIR_VARIABLE
 from megatron_klrl.runtime.logs import log_file
 from megatron_klrl.runtime.place import described, place_of
@@ -78,7 +77,7 @@ def run_as_rank(work: Callable[[], None], *, place: RankPlace, run_dir: Path | N
     except (UserError, WorkError) as error:
         if traceback:
             sys.stderr.write(tracebacks.format_exc())
-        kind: Literal["user", "work"] = "user" if isinstance(error, UserError) else "work"
+        kind = kind_of(error)
         message = described(error, rank=place.rank) if kind == "work" else str(error)
         _fail(Failure(kind=kind, rank=place.rank, message=message), place, run_dir)
     except Exception as error:  # noqa: BLE001 - the boundary of the rank: whatever it is, the parent must hear of it

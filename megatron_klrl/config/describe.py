@@ -43,7 +43,8 @@ def kl_text(recipe: Recipe) -> str:
 def kl_verdict(recipe: Recipe) -> str:
     """Whether the KL configuration follows its objective under this run's sampling, in one sentence."""
     if recipe.kl.beta == 0:
-        return "off: beta is 0, no reference is loaded"
+        reference = "the reference is only compared with" if recipe.has_reference else "no reference is loaded"
+        return f"off: beta is 0, {reference}"
     fresh = on_policy(recipe.loop)
     refused = refusal(recipe.kl, on_policy=fresh)
     if refused is not None:

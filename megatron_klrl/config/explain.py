@@ -38,16 +38,17 @@ _BOUNDS = {
 }
 
 
-def explain(error: ValidationError, raw: Mapping[str, Any]) -> UserError:
+def explain(error: ValidationError, raw: Mapping[str, Any], *, root: type[BaseModel] = Recipe) -> UserError:
     """The most telling problem of a failed validation as a `UserError`, the number of others appended.
 
     Args:
-        error: what pydantic raised for `Recipe`.
+        error: what pydantic raised for `root`.
         raw: the mapping that was validated.
+        root: type of the file.
     """
     # A misspelt key shows up twice, as unknown and as missing; the unknown one carries the suggestion.
     details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-    first = _explain_one(details[0], raw)
+    first = _explain_one(details[0], raw, root)
     others = {".".join(map(str, _clean(detail["loc"], raw))) for detail in details[1:]} - {first.field}
     if not others:
         return first
@@ -55,20 +56,18 @@ def explain(error: ValidationError, raw: Mapping[str, Any]) -> UserError:
     return UserError(problem, field=first.field, fix=first.fix)
 
 
-def _explain_one(detail: Any, raw: Mapping[str, Any]) -> UserError:
+def _explain_one(detail: Any, raw: Mapping[str, Any], root: type[BaseModel]) -> UserError:
     keys = _clean(detail["loc"], raw)
     path = ".".join(map(str, keys))
     kind = detail["type"]
     if kind == "extra_forbidden":
-        return _unknown_key(keys, raw)
+        return _unknown_key(keys, raw, root)
     if kind == "missing" and isinstance(keys[-1], int):
         path = path.rpartition(".")[0]
         return UserError("has too few values", field=path, fix=f"set {path} to a list of {keys[-1] + 1} or more values")
     if kind == "missing":
-        meaning = _meaning(keys, raw)
-        return UserError(
-            f"is required{meaning}", field=path, fix=f"add {path} to the recipe, or {path}=... to the command"
-        )
+        fix = f"add {path} to the recipe, or {path}=... to the command" if root is Recipe else f"add {path} to the file"
+        return UserError(f"is required{_meaning(keys, raw, root)}", field=path, fix=fix)
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _wrong_task(path, detail)
     if kind == "value_error":
@@ -130,25 +129,25 @@ def _inner(value: object, key: Key) -> object:
     return None
 
 
-def _unknown_key(keys: list[Key], raw: Mapping[str, Any]) -> UserError:
+def _unknown_key(keys: list[Key], raw: Mapping[str, Any], root: type[BaseModel]) -> UserError:
     path, section, name = ".".join(map(str, keys)), keys[:-1], str(keys[-1])
-    model = _model_at(section, raw)
+    model = _model_at(section, raw, root)
     allowed = list(model.model_fields) if model else []
     prefix = "".join(f"{key}." for key in section)
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
-    elsewhere = [] if near else _elsewhere(name)
+    elsewhere = [] if near else _elsewhere(name, root)
     if near:
         fix = f"did you mean {prefix}{near[0]}?"
     elif elsewhere:
         fix = f"did you mean {elsewhere[0]}?"
     else:
-        fix = f"keys of {prefix.rstrip('.') or 'a recipe'}: {', '.join(allowed)}"
+        fix = f"keys of {prefix.rstrip('.') or ('a recipe' if root is Recipe else 'the file')}: {', '.join(allowed)}"
     return UserError("unknown key", field=path, fix=fix)
 
 
-def _elsewhere(name: str) -> list[str]:
+def _elsewhere(name: str, root: type[BaseModel]) -> list[str]:
     """Full paths of keys of that or nearly that name in any section."""
-    paths = dict(_all_keys(Recipe, ""))
+    paths = dict(_all_keys(root, ""))
     near = difflib.get_close_matches(name, sorted(set(paths.values())), n=1, cutoff=0.8)
     return [path for path, leaf in paths.items() if leaf in near]
 
@@ -161,21 +160,21 @@ def _all_keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
             yield from _all_keys(inner[0], f"{prefix}{name}.")
 
 
-def _meaning(keys: list[Key], raw: Mapping[str, Any]) -> str:
-    field = _field_at(keys, raw)
+def _meaning(keys: list[Key], raw: Mapping[str, Any], root: type[BaseModel]) -> str:
+    field = _field_at(keys, raw, root)
     if field is None or not field.description:
         return ""
     return f" ({field.description.split('.')[0].split(';')[0].strip()})"
 
 
-def _field_at(keys: list[Key], raw: Mapping[str, Any]) -> FieldInfo | None:
-    model = _model_at(keys[:-1], raw)
+def _field_at(keys: list[Key], raw: Mapping[str, Any], root: type[BaseModel]) -> FieldInfo | None:
+    model = _model_at(keys[:-1], raw, root)
     return model.model_fields.get(str(keys[-1])) if model else None
 
 
-def _model_at(keys: Sequence[Key], raw: Mapping[str, Any]) -> type[BaseModel] | None:
+def _model_at(keys: Sequence[Key], raw: Mapping[str, Any], root: type[BaseModel]) -> type[BaseModel] | None:
     """The section type at a dotted path; among several task types the one the raw mapping names."""
-    annotation: object = Recipe
+    annotation: object = root
     value: object = raw
     for key in keys:
         if typing.get_origin(annotation) is dict:

@@ -44,7 +44,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             key or the file, and the fix.
     """
     file = Path(path)
-    raw = _with_file_preset(_read_mapping(file))
+    raw = _with_file_preset(read_mapping(file))
     for override in _presets_first(overrides):
         _apply(raw, override)
         if _names_preset(override):
@@ -88,6 +88,11 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml_text.render(recipe.model_dump(mode="json"))
 
 
+def settings(recipe: Recipe) -> list[tuple[str, object]]:
+    """Every setting: dotted key and plain value, in the order of the recipe."""
+    return list(_leaves(recipe.model_dump(mode="json"), ""))
+
+
 def diff_recipes(left: Recipe, right: Recipe) -> list[Difference]:
     """Settings in which two recipes differ, in the order of the recipe."""
     a = dict(_leaves(left.model_dump(mode="json"), ""))
@@ -106,7 +111,12 @@ def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
         yield path, value
 
 
-def _read_mapping(file: Path) -> dict[str, object]:
+def read_mapping(file: Path) -> dict[str, object]:
+    """The sections of a YAML file.
+
+    Raises:
+        UserError: no such file, not YAML, or not sections; names the file, and neighbours of nearly that name.
+    """
     try:
         value = yaml_text.parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

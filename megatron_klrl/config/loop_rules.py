@@ -105,9 +105,10 @@ def check_reference(recipe: Recipe) -> None:
     changed = {"path": reference.path is not None, "reset_every": reference.reset_every > 0}
     changed["ema"] = reference.ema is not None
     for name, is_set in changed.items():
-        if is_set and recipe.kl.beta == 0:
+        if is_set and not recipe.has_reference:
             problem = "is set, but kl.beta=0 loads no reference"
-            raise UserError(problem, field=f"reference.{name}", fix=f"set kl.beta above 0, or leave {name} out")
+            fix = f"set kl.beta above 0 or reference.measure=true, or leave {name} out"
+            raise UserError(problem, field=f"reference.{name}", fix=fix)
     if changed["reset_every"] and changed["ema"]:
         fix = "set reference.reset_every=0, or reference.ema=null"
         raise UserError("and reference.reset_every are both set", field="reference.ema", fix=fix)

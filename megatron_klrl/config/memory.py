@@ -51,7 +51,7 @@ def estimate_memory(recipe: Recipe, shape: ModelShape) -> MemoryEstimate:
         weights_bytes=local * width,
         gradients_bytes=local * _FP32_BYTES,
         optimizer_bytes=local * (2 * _FP32_BYTES + master),
-        reference_bytes=local * width if recipe.kl.beta > 0 else 0,
+        reference_bytes=local * width if recipe.has_reference else 0,
         engine_weights_bytes=-(-shape.parameters // recipe.generation.tensor) * width,
         engine_cache_bytes=None if cache is None else cache * 2**20,
     )

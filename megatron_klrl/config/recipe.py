@@ -299,3 +299,8 @@ class Recipe(Section):
     """Processes on this machine."""
     optimum: OptimumSection = Field(default_factory=OptimumSection)
     """Closed-form optimum report."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the trainer holds a reference beside the policy."""
+        return self.kl.beta > 0 or self.reference.measure

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_klrl.config.fields import Count, NonNegativeNumber, Positive, PositiveNumber, Section, Text
+from megatron_klrl.config.fields import Count, Flag, NonNegativeNumber, Positive, PositiveNumber, Section, Text
 
 
 class BetaKind(StrEnum):
@@ -40,7 +40,7 @@ class KLControlSection(Section):
 
 
 class ReferenceSection(Section):
-    """What the policy is held to. Needs kl.beta above 0."""
+    """What the policy is held to, or with kl.beta 0 and measure only compared with."""
 
     path: Text | None = None
     """Hugging Face folder of a model of the same architecture; none: the model that training starts from."""
@@ -49,6 +49,10 @@ class ReferenceSection(Section):
     ema: Annotated[float, Field(strict=True, gt=0, lt=1, allow_inf_nan=False)] | None = None
     """Decay of a reference that follows the policy: each step, reference = ema * reference + (1 - ema) * policy. none:
     it does not follow."""
+
+    measure: Flag = False
+    """Load the reference although kl.beta is 0, so that the distance to it is known (kl/*) where nothing holds the
+    policy to it; costs what a reference costs."""
 
     @property
     def moves(self) -> bool:

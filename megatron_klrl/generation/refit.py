@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_klrl.errors import WorkError
+from megatron_klrl.errors import DivergenceError, WorkError
 from megatron_klrl.weight_sync.checksum import checksum
 
 
@@ -71,7 +71,7 @@ class Intake:
             formats = f"as {_plain(tensor.dtype)}, the engine computes in {_plain(self._dtype)}"
             raise WorkError(f"weight update brings {name} {formats}")
         if not bool(torch.isfinite(tensor).all()):
-            raise WorkError(f"weight update brings {name} with values that are not finite")
+            raise DivergenceError(f"weight update brings {name} with values that are not finite")
 
     def report(self, *, version: int) -> RefitReport:
         """What arrived, once all of it has."""

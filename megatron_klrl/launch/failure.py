@@ -6,8 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_klrl.errors import DivergenceError, UserError, WorkError
+
 ERROR_FILE = "error.json"
-EXIT_CODES = {"user": 2, "work": 1}
+EXIT_CODES = {"user": 2, "work": 1, "diverged": 1}
+Kind = Literal["user", "work", "diverged"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,14 +18,22 @@ class Failure:
     """Why a rank ended.
 
     Attributes:
-        kind: ``user``: the input is wrong (exit code 2); ``work``: the work failed (exit code 1).
+        kind: ``user``: the input is wrong (exit code 2); ``work``: the work failed (exit code 1); ``diverged``: it
+            failed because training left the numbers (exit code 1).
         rank: global rank.
         message: what the user is told.
     """
 
-    kind: Literal["user", "work"]
+    kind: Kind
     rank: int
     message: str
+
+
+def kind_of(error: UserError | WorkError) -> Kind:
+    """What kind of failure an error is."""
+    if isinstance(error, DivergenceError):
+        return "diverged"
+    return "user" if isinstance(error, UserError) else "work"
 
 
 def write_failure(run_dir: Path, failure: Failure) -> bool:

@@ -140,9 +140,14 @@ def _start(
 
 def _in_child(blocked: frozenset[int]) -> None:
     """Die with the parent; keep for later what would end a process that does not listen yet."""
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+
+
+def die_with_parent() -> None:
+    """In a child, before it runs its program: the kernel kills it when this process ends, however that comes."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class Checkpoints:
             for left in self._root.glob(f"{name}*"):
                 shutil.rmtree(left, ignore_errors=True)
 
-    def to_resume(self, say: Callable[[str], None]) -> Path | None:
+    def to_resume(self, say: Callable[[str], object]) -> Path | None:
         """The newest checkpoint, verified; None if there is none. The same on every rank; collective.
 
         Damaged ones that are passed over are set aside, under another name: the run that goes on must neither count

@@ -9,7 +9,7 @@ from megatron_klrl.weight_sync.checksum import digest
 
 def checksum(parts: Parts) -> str:
     """Of the reference's weights, whatever the layout; empty where there is none. Collective."""
-    return digest(parts.trainer.reference_checksums()) if parts.recipe.kl.beta > 0 else ""
+    return digest(parts.trainer.reference_checksums()) if parts.recipe.has_reference else ""
 
 
 def check(parts: Parts, folder: Path, wanted: str) -> None:

@@ -85,6 +85,22 @@ def refit(parts: Parts, *, version: int, verify: bool) -> dict[str, float]:
     return {"mismatch/verified_abs_max": found.largest}
 
 
+def restart(parts: Parts) -> None:
+    """Give engines that served another run the weights that this one starts from, proven tensor by tensor; collective.
+
+    No token is sampled for the proof: it would leave prompts in the engines' prefix caches that a fresh one has not.
+
+    Raises:
+        WorkError: they did not arrive.
+    """
+    parts.engine.wake(Memory.WEIGHTS)
+    report = parts.engine.update_weights(parts.trainer.export_weights(), version=0, verify=True)
+    parts.engine.wake(Memory.KV_CACHE)
+    wrong = difference(parts, report)
+    if wrong:
+        raise WorkError(f"the engine kept something of the run before: {wrong}")
+
+
 def due(recipe: Recipe, *, version: int, first: bool) -> bool:
     """Whether an update is one to verify; the first of a process always is."""
     every = recipe.generation.verify_every

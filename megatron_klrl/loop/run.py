@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_klrl.config.load import dump_recipe
-from megatron_klrl.loop import optimum, reference, rollout_file
+from megatron_klrl.loop import details, optimum, reference, rollout_file
 from megatron_klrl.loop.buffer import RolloutBuffer
 from megatron_klrl.loop.checkpoints import REFERENCE, WAITING, Checkpoints, RunState, read_state
 from megatron_klrl.loop.evaluation import evaluate
@@ -166,7 +166,7 @@ class Run:
             if self.record:
                 self.record.step(0, {}, found)
         spec = self.parts.recipe.optimum
-        if spec.prompts and self.parts.recipe.kl.beta > 0:
+        if spec.prompts and self.parts.recipe.has_reference:
             rates = optimum.success_rates(optimum.sample_for_optimum(self.parts), samples=spec.samples)
             self.state = replace(self.state, reference_rates=tuple(rates))
 
@@ -211,6 +211,8 @@ class Run:
         if self.record:
             found = records(produced.rollouts, batch, scores, self._tokenizer, count=_SAMPLES_KEPT)
             self.record.samples(step, found)
+            if details.due(step, steps=loop.steps):
+                self.record.details(step, details.details(produced.rollouts, batch, scores, self._tokenizer))
         measured = timers.take()
         values["throughput/tokens_per_s"] = float(batch.lengths.sum()) / measured["time/step_s"]
         return values | measured
@@ -278,6 +280,8 @@ class Run:
         if self.record is None:
             return
         self.record.audit(self.parts.recipe.kl)
+        self.record.settings(self.parts.recipe)
+        self.record.frontier(self.state.reference_rates, beta=self.parts.recipe.kl.beta, step=self.state.step)
         results = {"steps": str(self.state.step), "result": str(exported)}
         if self.state.reference_checksum:
             since = f"step {self.state.reference_step}" if self.state.reference_step else "its folder"
@@ -285,7 +289,8 @@ class Run:
         if report is not None:
             self.record.optimum(report)
             results["reached"] = point_text(report.reached)
-            results["optimum, closed form"] = point_text(report.optimal)
+            if report.optimal is not None:
+                results["optimum, closed form"] = point_text(report.optimal)
         self.record.card(Card(facts={**self._facts, **results}), step=self.state.step)
         self.record.close()
 

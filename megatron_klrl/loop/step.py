@@ -6,7 +6,7 @@ from statistics import fmean
 
 from megatron_klrl.batch import RolloutBatch, TokenScores, TrainBatch
 from megatron_klrl.config.recipe import Recipe
-from megatron_klrl.errors import WorkError
+from megatron_klrl.errors import DivergenceError
 from megatron_klrl.loop.parts import Parts
 from megatron_klrl.loop.update import (
     assemble,
@@ -39,7 +39,7 @@ def train_on(
         The step's metrics (times excluded) and the scores they come from: those of the policy before its updates.
 
     Raises:
-        WorkError: the loss or the gradient is not finite.
+        DivergenceError: the loss or the gradient is not finite.
     """
     recipe = at_beta(parts.recipe, beta)
     with parts.timers.phase("score"):
@@ -68,7 +68,7 @@ def _check_finite(metrics: Mapping[str, float], where: str) -> None:
     """
     broken = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
-        raise WorkError(
+        raise DivergenceError(
             f"not finite in {where}: {', '.join(broken)}. Nothing of this step was saved or given to the engine. "
             "Look in metrics.jsonl for where grad/norm, kl/exact or the rewards began to run away; then --resume from "
             "the last checkpoint with a smaller optimizer.lr or a tighter optimizer.clip_grad"

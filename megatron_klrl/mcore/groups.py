@@ -84,7 +84,7 @@ def initialize(world: World, layout: Layout, *, seed: int) -> ProcessGroups:
         expert_tensor_parallel_size=1,  # experts are small: whole on a rank, spread over ranks
         create_gloo_process_groups=world.device.type == "cuda",
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    seed_streams(seed)
     state: Any = parallel_state  # its getters are typed as optional; after initialisation they are not
     return ProcessGroups(
         tp=state.get_tensor_model_parallel_group(),
@@ -95,6 +95,11 @@ def initialize(world: World, layout: Layout, *, seed: int) -> ProcessGroups:
         dp_cp=state.get_data_parallel_group(with_context_parallel=True),
         virtual=layout.virtual,
     )
+
+
+def seed_streams(seed: int) -> None:
+    """Start Megatron's random streams anew, as after ``initialize`` with this seed."""
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def destroy() -> None:

@@ -119,6 +119,7 @@ PANELS = {
         "beta, reward per nat": ["kl/beta"],
         "effective share of the KL's importance ratios": ["kl/ratio_ess"],
         "per token: 95th percentile and maximum, nats": ["kl/p95", "kl/max"],
+        "per token: the KL's 95th percentile over the engine's rounding, nats": ["kl/p95", "mismatch/kl"],
         "entropy, nats per token": ["policy/entropy"],
         "gradient norm: whole and KL part": ["grad/norm", "grad/kl_norm"],
         "cosine of policy gradient and KL gradient": ["grad/policy_kl_cosine"],

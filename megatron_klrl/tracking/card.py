@@ -29,7 +29,7 @@ class Card:
             **self.facts,
             "versions": versions(),
             "commit": commit(),
-            "machine": f"{platform.machine()}, {platform.system()} {platform.release()}, {os.cpu_count()} CPUs",
+            "machine": machine(),
         }
         body = "\n".join(f"| {name} | {_escaped(text)} |" for name, text in rows.items())
         return f"# Run card\n\n| | |\n|---|---|\n{body}\n"
@@ -44,6 +44,11 @@ def versions() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def machine() -> str:
+    """What this process runs on."""
+    return f"{platform.machine()}, {platform.system()} {platform.release()}, {os.cpu_count()} CPUs"
 
 
 def commit() -> str:

@@ -2,20 +2,25 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from tensorboard import default, program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_klrl.metrics.names import METRICS, known
+from megatron_klrl.metrics.names import METRICS, PANELS, known
 from megatron_klrl.runtime.seeds import derive
 from megatron_klrl.tasks.arithmetic import ArithmeticTask
 from tests.e2e.live import LiveRun
@@ -113,6 +118,63 @@ def test_run_directory(trained: Trained) -> None:
     sample = json.loads((trained.folder / "rollouts" / f"step_{STEPS:06d}.jsonl").read_text().splitlines()[0])
     lengths = {len(sample[key]) for key in ("token_ids", "rollout_logprobs", "old_logprobs", "ref_logprobs")}
     assert len(lengths) == 1
+
+
+@pytest.fixture(scope="module")
+def page(trained: Trained) -> Callable[..., Any]:
+    """What TensorBoard's own server answers about the run, by route."""
+    board = program.TensorBoard(default.get_plugins())
+    board.configure(argv=["tensorboard", "--logdir", str(trained.folder), "--port", "0", "--load_fast", "false"])
+    address = board.launch()
+
+    def get(route: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        with urlopen(Request(f"{address}data/plugin/{route}", data=data, headers=headers), timeout=30) as answer:
+            return json.loads(answer.read())
+
+    end = time.monotonic() + 60
+    while not get("images/tags") and time.monotonic() < end:  # the picture is written last
+        time.sleep(0.2)
+    return get
+
+
+def test_the_page_answers_its_questions(trained: Trained, page: Callable[..., Any]) -> None:
+    """Is it learning, is the KL right, is the engine consistent, where does the time go: each has charts with data."""
+    layout = page("custom_scalars/layout")
+    charts = {
+        category["title"]: {chart["title"]: chart["multiline"]["tag"] for chart in category["chart"]}
+        for category in layout["category"]
+    }
+    assert list(charts) == list(PANELS)
+    (run,) = page("scalars/tags")
+    assert run == "tensorboard"
+    tags = page("scalars/tags")[run]
+    for question, found in charts.items():
+        for title, patterns in found.items():
+            if title not in ("responses that could not be verified", "effective share of the KL's importance ratios"):
+                assert any(re.fullmatch(p, tag) for p in patterns for tag in tags), f"{question}: {title} is empty"
+    rewards = page(f"scalars/scalars?run={run}&tag=reward%2Fmean")
+    assert [(step, value) for _, step, value in rewards] == [
+        (row["step"], pytest.approx(row["reward/mean"], rel=1e-6)) for row in trained.metrics() if "reward/mean" in row
+    ]
+
+
+def test_the_page_shows_tokens_samples_and_settings(trained: Trained, page: Callable[..., Any]) -> None:
+    wanted = {"kl/per_token", "kl/log_ratio", "kl/by_position", "mismatch/log_ratio", "mismatch/ratio"}
+    assert wanted <= set(page("histograms/tags")["tensorboard"])
+    profile = page("histograms/histograms?run=tensorboard&tag=kl%2Fby_position")
+    last = next(row for row in reversed(trained.metrics()) if "kl/exact" in row)
+    assert profile[-1][1] == STEPS
+    assert sum(height for *_, height in profile[-1][2]) > 0.5 * last["kl/exact"]
+    assert {"card/text_summary", "samples/text_summary", "drifted_tokens/text_summary"} <= set(
+        page("text/tags")["tensorboard"]
+    )
+    drifted = page("text/text?run=tensorboard&tag=drifted_tokens%2Ftext_summary")[-1]["text"]
+    assert drifted.count("<tr>") == 13, "twelve tokens and a header"
+    assert page("images/tags")["tensorboard"].keys() == {"frontier"}
+    experiment = page("hparams/experiment", {"experimentName": ""})
+    assert {"kl.beta", "kl.estimator", "optimizer.lr"} <= {info["name"] for info in experiment["hparamInfos"]}
 
 
 def test_tensorboard_shows_what_metrics_jsonl_holds(trained: Trained) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_klrl.loop.optimum import optimal_point
+from megatron_klrl.loop.closed_form import optimal_point
 
 
 def maximised(rate: float, beta: float) -> tuple[float, float, float]:

@@ -1,0 +1,1 @@
+"""Studies: many runs that differ in named ways, and the report that compares them."""
