@@ -10,6 +10,8 @@ RECIPE := examples/recipes/arithmetic_cpu.yaml
 BENCH := all --quick
 BIN := $(VENV)/bin
 
+# A file of tests at a time on each core, at most four: some hold an engine in a gigabyte of memory.
+PYTEST := -m pytest --durations=10 --numprocesses=logical --maxprocesses=4 --dist=loadfile
 # Tests reach no network, and one thread a process: several ranks share few cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
 	VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
@@ -27,7 +29,7 @@ train: setup ## train the shipped tiny model on CPU with the arithmetic recipe
 
 test: check ## set-up, static checks, and every test that needs no GPU
 	@echo "[test] pytest"
-	@$(TEST_ENV) $(BIN)/python -m pytest --durations=10
+	@$(TEST_ENV) $(BIN)/python $(PYTEST)
 
 check: setup ## format, lint, types and import layers
 	@echo "[check] ruff format"
@@ -45,13 +47,13 @@ format: setup ## rewrite the sources as ruff formats them
 
 test-long: setup ## the tests that take longest: probes and layouts of the default recipe, every engine layout
 	@echo "[test-long] pytest -m long"
-	@$(TEST_ENV) $(BIN)/python -m pytest --durations=10 -m long
+	@$(TEST_ENV) $(BIN)/python $(PYTEST) -m long
 
 test-next: ## the end-to-end tests on the next versions (.venv-next, set B)
 	@echo "[test-next] checking $(VENV_NEXT)"
 	@environment/install.sh $(VENV_NEXT) set-b
 	@echo "[test-next] pytest tests/e2e"
-	@$(TEST_ENV) $(VENV_NEXT)/bin/python -m pytest --durations=10 -m "not gpu" tests/e2e
+	@$(TEST_ENV) $(VENV_NEXT)/bin/python $(PYTEST) -m "not gpu" tests/e2e
 
 bench: ## compare with other libraries in their environment (BENCH="loss_logits --json FILE")
 	@echo "[bench] checking $(VENV_BENCH)"

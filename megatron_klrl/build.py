@@ -29,6 +29,7 @@ from megatron_klrl.mcore.optimizer import OptimizerSettings
 from megatron_klrl.mcore.streams import Streams, SyncSettings
 from megatron_klrl.runtime import seeds
 from megatron_klrl.runtime import world as ranks
+from megatron_klrl.runtime.place import Places
 from megatron_klrl.runtime.timers import Timers
 from megatron_klrl.runtime.world import World
 from megatron_klrl.tasks.sources import make_task
@@ -37,7 +38,7 @@ from megatron_klrl.vocab_parallel import kernels
 from megatron_klrl.weight_sync.choose import Kind
 
 _DTYPES = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16}
-_COLLECTIVE_TIMEOUT_S = 1800.0
+_AFTER_THE_STEP_S = 60.0  # a hung collective is then found with the stacks of all ranks, not by its own timeout alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Site:
 def site(recipe: Recipe) -> Iterator[Site]:
     """Join the job, cut it into groups, and leave it in order at the end."""
     run_on_cpu()
-    world = ranks.join(timeout_s=_COLLECTIVE_TIMEOUT_S)
+    world = ranks.join(timeout_s=recipe.loop.step_timeout_s + _AFTER_THE_STEP_S)
     if world.device.type == "cpu":
         torch.set_num_threads(1)  # ranks share the cores; more threads spin against each other
     seeds.seed_everything(recipe.loop.seed)
@@ -191,7 +192,7 @@ def build_engine(recipe: Recipe, place: Site, *, folder: Path | None = None) -> 
     )
 
 
-def build_parts(recipe: Recipe, place: Site, *, trainer: Any, engine: Any) -> Parts:
+def build_parts(recipe: Recipe, place: Site, *, trainer: Any, engine: Any, places: Places | None = None) -> Parts:
     """All parts of a run around its two engines."""
     return Parts(
         recipe=recipe,
@@ -219,7 +220,7 @@ def build_parts(recipe: Recipe, place: Site, *, trainer: Any, engine: Any) -> Pa
             for name, spec in recipe.data.eval.items()
         },
         stop_ids=place.shape.eos_ids,
-        timers=Timers(),
+        timers=Timers(places),
     )
 
 

@@ -13,8 +13,13 @@ from megatron_klrl.config.describe import kl_text, kl_verdict, layout_text, obje
 from megatron_klrl.config.load import load_recipe
 from megatron_klrl.config.recipe import ParallelSection, Recipe
 from megatron_klrl.errors import UserError, WorkError
+from megatron_klrl.launch.failure import Failure, write_failure
 from megatron_klrl.launch.forked import RankFailedError, run_forked, start_server
+from megatron_klrl.launch.local import RUN_DIR_VARIABLE
 from megatron_klrl.runtime.logs import log_file, stderr_into
+from megatron_klrl.runtime.place import Places, place_file
+from megatron_klrl.runtime.step_bound import StepBound
+from megatron_klrl.runtime.stop import listen
 from megatron_klrl.tracking.console import RunConsole
 
 if TYPE_CHECKING:
@@ -30,16 +35,22 @@ _LAYOUT_TIMEOUT_S = 1800.0
 
 
 def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
-    """Train on this rank, from the model folder or the newest checkpoint, to the export of the result."""
+    """Train on this rank, from the model folder or the newest checkpoint, to the export of the result or a signal."""
+    stop = listen(has_launcher="RANK" in os.environ)
     rank = _rank()
-    console = RunConsole(steps=recipe.loop.steps, quiet=rank != 0)
+    places = Places(place_file(run_dir, rank) if RUN_DIR_VARIABLE in os.environ else None)
+    console = RunConsole(steps=recipe.loop.steps, quiet=rank != 0, places=places)
     with _stderr_into(log_file(run_dir, rank)):
         sys.stderr.write(f"KL: {kl_text(recipe)}: {kl_verdict(recipe)}\n")
         with console.phase("import torch and Megatron-Core"):
             from megatron_klrl import build  # noqa: PLC0415  9 s of imports, under a phase that says so
-            from megatron_klrl.loop.run import Run  # noqa: PLC0415
+            from megatron_klrl.loop.checkpoints import Checkpoints  # noqa: PLC0415
+            from megatron_klrl.loop.run import Ends, Run  # noqa: PLC0415
         with build.site(recipe) as place:
-            parts = _parts(recipe, place, console)
+            checkpoints = Checkpoints(run_dir / "checkpoints", recipe.checkpoint)
+            if resume and checkpoints.to_resume(console.say) is None:
+                console.say(f"  nothing to resume: {run_dir} holds no checkpoint yet; starting from step 0")
+            parts = _parts(recipe, place, console, places)
             run = Run(
                 parts,
                 run_dir,
@@ -47,9 +58,14 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
                 tokenizer=place.tokenizer,
                 source=place.folder,
                 facts=card_facts(recipe, place, command=shlex.join(["klrl", *sys.argv[1:]])),
-                resume=resume,
+                checkpoints=checkpoints,
+                ends=Ends(stop=stop, bound=step_bound(recipe, run_dir, parts)),
             )
-            run.train()
+            asked = run.train()
+            if asked:
+                run.leave_unfinished(asked)
+                parts.close()
+                return
             with console.phase("export to Hugging Face folder"):
                 exported = run.export()
             run.finish(exported)
@@ -57,6 +73,25 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
     console.say(f"run directory  {run_dir}")
     logdir = run_dir.parent if run_dir.parent.name == "runs" else run_dir  # a home shows all runs side by side
     console.say(f"watch it with  {_beside_python('tensorboard')} --logdir {logdir}")
+
+
+def step_bound(recipe: Recipe, run_dir: Path, parts: "Parts") -> StepBound:
+    """What ends this rank when a step takes longer than the recipe allows."""
+    rank = parts.world.rank
+
+    def fail(reason: str) -> None:
+        first = write_failure(run_dir, Failure(kind="work", rank=rank, message=reason))
+        if first and RUN_DIR_VARIABLE not in os.environ:  # else our launcher speaks; standard error is in the log
+            os.write(1, f"klrl: {reason}\n".encode())
+
+    return StepBound(
+        run_dir,
+        rank=rank,
+        ranks=parts.world.size,
+        timeout_s=recipe.loop.step_timeout_s,
+        place=lambda: parts.timers.places.now,
+        fail=fail,
+    )
 
 
 def eval_rank(recipe: Recipe, checkpoint: Path | None, hf: Path | None, *, as_json: bool) -> None:
@@ -75,10 +110,11 @@ def eval_rank(recipe: Recipe, checkpoint: Path | None, hf: Path | None, *, as_js
     with _stderr_into(Path(os.devnull)):
         with console.phase("import torch and Megatron-Core"):
             from megatron_klrl import build  # noqa: PLC0415
-            from megatron_klrl.loop import eval_report  # noqa: PLC0415
+            from megatron_klrl.loop import checkpoints, eval_report  # noqa: PLC0415
         with build.site(recipe) as place:
             parts = _parts(recipe, place, console)
             if checkpoint is not None:
+                checkpoints.check(checkpoint)
                 parts.trainer.load(checkpoint)
                 parts.engine.update_weights(parts.trainer.export_weights(), version=1)
             with console.phase(f"evaluation: {', '.join(parts.evaluation)}"):
@@ -198,23 +234,24 @@ def export_checkpoint(checkpoint: Path, to: Path) -> None:
     """Write a checkpoint's policy as a Hugging Face folder, in this process alone."""
     with _stderr_into(Path(os.devnull)):
         from megatron_klrl import build  # noqa: PLC0415
-        from megatron_klrl.loop.checkpoints import recipe_file  # noqa: PLC0415
+        from megatron_klrl.loop import checkpoints  # noqa: PLC0415
         from megatron_klrl.loop.export import write_hf_folder  # noqa: PLC0415
 
-        recipe = load_recipe(recipe_file(checkpoint), [])
+        recipe = load_recipe(checkpoints.recipe_file(checkpoint), [])
         with build.site(recipe.model_copy(update={"parallel": ParallelSection()})) as place:
+            checkpoints.check(checkpoint)
             weights = build.checkpoint_weights(recipe, place, checkpoint)
             write_hf_folder(weights, source=place.folder, to=to, writes=True)
 
 
-def _parts(recipe: Recipe, place: "Site", console: RunConsole) -> "Parts":
+def _parts(recipe: Recipe, place: "Site", console: RunConsole, places: Places | None = None) -> "Parts":
     from megatron_klrl import build  # noqa: PLC0415
 
     with console.phase("Megatron-Core: model, reference, optimizer"):
         trainer = build.build_trainer(recipe, place)
     with console.phase("vLLM: import and start (first start on a machine takes longer)"):
         engine = build.build_engine(recipe, place)
-    parts = build.build_parts(recipe, place, trainer=trainer, engine=engine)
+    parts = build.build_parts(recipe, place, trainer=trainer, engine=engine, places=places)
     for task in (parts.task, *(evaluation.task for evaluation in parts.evaluation.values())):
         for note in task.notes:
             console.say(f"  {note}")

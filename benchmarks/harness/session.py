@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.crew import Crew, CrewError
-from benchmarks.harness.spec import INSTALL, Benchmark, Case, Contestant, Tolerance
+from benchmarks.harness.spec import Benchmark, Case, Contestant, Tolerance
 
 Say = Callable[[str], None]
 
@@ -56,7 +56,7 @@ class Entry:
 
     def reject(self, missing: Mapping[str, str]) -> None:
         """A module is not there: a peer is skipped, ours has failed."""
-        reason = f"{missing['message']}; to install it: {INSTALL}"
+        reason = f"{missing['message']}; to install it: {self.contestant.install}"
         if self.contestant.ours:
             self.failed = reason
         else:
@@ -182,7 +182,7 @@ class Session:
 def missing_module(contestant: Contestant) -> str:
     """Why a peer cannot take part, empty if it can. Looks for modules without importing them."""
     missing = [name for name in contestant.requires if find_spec(name) is None]
-    return f"no module {', '.join(missing)} here; to install it: {INSTALL}" if missing else ""
+    return f"no module {', '.join(missing)} here; to install it: {contestant.install}" if missing else ""
 
 
 def not_in_parity(differences: Mapping[str, float], tolerance: Tolerance, contestant: Contestant) -> str:

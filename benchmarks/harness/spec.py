@@ -22,6 +22,7 @@ class Contestant:
         requires: modules that must be installed; without one the contestant is skipped.
         gradient_tolerance: replaces the case's, for a peer that rounds on purpose; ``note`` says why.
         note: what a reader must know to read its figures.
+        install: how to get to an environment that has what it requires.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Contestant:
     requires: tuple[str, ...] = ()
     gradient_tolerance: float | None = None
     note: str = ""
+    install: str = INSTALL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,8 +27,8 @@ def replay(work: Replay, *, packed: bool) -> Step:
 
     ``score`` also gives the entropy and the full-vocabulary KL of every token.
     """
-    recipe, batch = _recipe(work), _rollouts(work)
-    engine = _engine(work, batching=_batching(work, packed=packed))
+    recipe, batch = replay_recipe(work), rollouts(work)
+    engine = trainer(work, rows=batching(work, packed=packed))
 
     def step() -> Answer:
         scores = engine.score(batch)
@@ -42,7 +42,7 @@ def replay(work: Replay, *, packed: bool) -> Step:
     return step
 
 
-def _recipe(work: Replay) -> Recipe:
+def replay_recipe(work: Replay) -> Recipe:
     """beta is that of the benchmark over the longest length: ours weighs a sequence's KL, not its mean per token."""
     return Recipe.model_validate(
         {
@@ -62,7 +62,8 @@ def _recipe(work: Replay) -> Recipe:
     )  # fmt: skip
 
 
-def _rollouts(work: Replay) -> RolloutBatch:
+def rollouts(work: Replay) -> RolloutBatch:
+    """The completions as the loop hands them over."""
     rows = [prompt + completion for prompt, completion in zip(work.prompts, work.completions, strict=True)]
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
@@ -81,7 +82,8 @@ def _rollouts(work: Replay) -> RolloutBatch:
     )
 
 
-def _batching(work: Replay, *, packed: bool) -> Batching:
+def batching(work: Replay, *, packed: bool) -> Batching:
+    """All rows in one microbatch."""
     count = sum(map(len, work.prompts)) + sum(map(len, work.completions))
     return Batching(
         rows=Rows.PACKED if packed else Rows.PADDED,
@@ -90,7 +92,7 @@ def _batching(work: Replay, *, packed: bool) -> Batching:
     )
 
 
-def _engine(work: Replay, *, batching: Batching) -> MegatronEngine:
+def trainer(work: Replay, *, rows: Batching) -> MegatronEngine:
     """As build.py makes it; the process group is the harness's."""
     run_on_cpu()
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"), one_machine=True)
@@ -102,7 +104,7 @@ def _engine(work: Replay, *, batching: Batching) -> MegatronEngine:
         folder=Path(work.policy),
         settings=TrainerSettings(
             dtype=torch.float32,
-            batching=batching,
+            batching=rows,
             temperature=1.0,
             head_chunk_tokens=None,
             recompute=Recompute.NONE,

@@ -13,6 +13,7 @@ _HOMES = {
     "reshard": "benchmarks.suites.reshard:reshard",
     "reshard_match": "benchmarks.suites.reshard:reshard_match",
     "step_replay": "benchmarks.suites.step:step_replay",
+    "step_full": "benchmarks.suites.step:step_full",
     "g_logp_entropy": "benchmarks.suites.gpu:g_logp_entropy",
     "g_loss_fwd_bwd": "benchmarks.suites.gpu:g_loss_fwd_bwd",
     "g_head": "benchmarks.suites.gpu:g_head",
@@ -27,6 +28,7 @@ CPU_NAMES = (
     "reshard",
     "reshard_match",
     "step_replay",
+    "step_full",
 )
 GPU_NAMES = ("g_logp_entropy", "g_loss_fwd_bwd", "g_head", "g_refit_local")
 

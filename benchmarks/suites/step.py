@@ -4,6 +4,8 @@ from dataclasses import replace
 
 from benchmarks.harness.spec import Benchmark, Case, Contestant, Goal, Tolerance
 
+REPLAY = "benchmarks.workloads.replay:Replay"
+WHOLE = "benchmarks.workloads.whole_step:WholeStep"
 GROUP = "score and train"
 PADDED = Contestant(
     name="Megatron engine, padded", factory="benchmarks.peers.ours_step:replay", options={"packed": False}, ours=True,
@@ -27,6 +29,19 @@ TRL_RECOMPUTE = replace(
 # gradient is held to the same bound as they are.
 TOLERANCE = Tolerance(loss=1e-5, values=1e-5, gradient=1e-5)
 CONTESTANTS = (PADDED, TRL, PACKED, TRL_RECOMPUTE)
+TRAINER_SETUP = "make setup, then .venv/bin/python benchmarks/run.py step_full"
+PHASES = tuple(
+    Contestant(
+        name=phase, factory=f"benchmarks.peers.ours_phases:{phase}", group=phase, ours=True, requires=("vllm",),
+        note=note, install=TRAINER_SETUP,
+    )
+    for phase, note in (
+        ("generate", "vLLM, greedy, every response to the longest length"),
+        ("score", "policy and reference; entropy and full-vocabulary KL of every token too"),
+        ("train", "advantages, loss, gradient, clipping, Adam"),
+        ("sync", "the trainer's weights into the engine's tensors, prefix cache reset; shown to arrive before timing"),
+    )
+)  # fmt: skip
 
 
 def step_replay() -> Benchmark:
@@ -50,11 +65,25 @@ def step_replay() -> Benchmark:
     )  # fmt: skip
 
 
-def _case(**shape: int) -> Case:
+def step_full() -> Benchmark:
+    """The same step with both engines, a phase at a time.
+
+    No peer: TRL's side of score and train is `step_replay`, and what samples is another engine.
+    """
+    return Benchmark(
+        name="step_full",
+        summary="generate, score, train, sync of a step apart, on a small Qwen3 on CPU, with Megatron-Core and vLLM",
+        cases=(_case(PHASES, WHOLE, sequences=16, tokens=64, layers=4, width=256, vocab=512),),
+        quick_cases=(_case(PHASES, WHOLE, sequences=8, tokens=16, layers=2, width=128, vocab=128),),
+        calls=3,
+    )
+
+
+def _case(contestants: tuple[Contestant, ...] = CONTESTANTS, workload: str = REPLAY, **shape: int) -> Case:
     return Case(
         name=f"{shape['sequences']} x {shape['tokens']} tokens, {shape['layers']} layers of {shape['width']}",
-        workload="benchmarks.workloads.replay:Replay",
+        workload=workload,
         parameters=shape,
         tolerance=TOLERANCE,
-        contestants=CONTESTANTS,
+        contestants=contestants,
     )

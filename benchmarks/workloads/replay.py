@@ -74,7 +74,7 @@ class Replay:
 
     def truth(self) -> Answer:
         """In float64 with transformers, a row at a time."""
-        policy, reference = (_loaded(folder).double() for folder in (self.policy, self.reference))
+        policy, reference = (load_float32(folder).double() for folder in (self.policy, self.reference))
         scale = self.tokens * len(self.prompts)
         old, ref, losses = [], [], []
         for number in range(len(self.prompts)):
@@ -110,7 +110,8 @@ class Replay:
         return torch.log_softmax(logits, -1).gather(-1, torch.tensor(completion)[:, None]).squeeze(-1)
 
 
-def _loaded(folder: Path) -> Qwen3ForCausalLM:
+def load_float32(folder: Path) -> Qwen3ForCausalLM:
+    """The model of a folder in transformers."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 

@@ -14,7 +14,9 @@ from megatron_klrl.config.memory import estimate_memory
 from megatron_klrl.config.model_folder import ModelShape, describe_model
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.config.validate import check_memory, validate
+from megatron_klrl.errors import UserError
 from megatron_klrl.launch.devices import decide_ranks, visible_gpus
+from megatron_klrl.metrics.names import known
 from megatron_klrl.tasks.sources import check_data
 
 
@@ -65,7 +67,14 @@ def check(recipe: Recipe, *, place: RankPlace | None) -> tuple[int, list[str]]:
     world_size = decide_ranks(recipe, gpus=gpus) if place is None else place.world_size
     warnings = validate(recipe, world_size)
     check_memory(recipe, gpus=gpus)
+    _check_known_metric(recipe.checkpoint.keep_best)
     return world_size, warnings + check_data(recipe)
+
+
+def _check_known_metric(name: str | None) -> None:
+    if name is not None and not known(name):
+        fix = "name one of docs/reference/metrics.md"
+        raise UserError(f"there is no metric {name}", field="checkpoint.keep_best", fix=fix)
 
 
 def announce(command: str, preparation: Preparation, *, target: str, to_stderr: bool) -> None:

@@ -14,6 +14,7 @@ from megatron_klrl.errors import UserError, WorkError
 from megatron_klrl.launch.failure import EXIT_CODES, Failure, kind_of, write_failure
 from megatron_klrl.launch.local import RUN_DIR_VARIABLE
 from megatron_klrl.runtime.logs import log_file
+from megatron_klrl.runtime.place import described, place_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +77,14 @@ def run_as_rank(work: Callable[[], None], *, place: RankPlace, run_dir: Path | N
     except (UserError, WorkError) as error:
         if traceback:
             sys.stderr.write(tracebacks.format_exc())
-        _fail(Failure(kind=kind_of(error), rank=place.rank, message=str(error)), place, run_dir)
+        kind = kind_of(error)
+        message = described(error, rank=place.rank) if kind == "work" else str(error)
+        _fail(Failure(kind=kind, rank=place.rank, message=message), place, run_dir)
     except Exception as error:  # noqa: BLE001 - the boundary of the rank: whatever it is, the parent must hear of it
         sys.stderr.write(tracebacks.format_exc())
         where = f" (traceback in {log_file(run_dir, place.rank)})" if run_dir and place.rank and place.run_dir else ""
-        message = f"rank {place.rank}: {type(error).__name__}: {error}{where}"
+        at = ", ".join(part for part in (f"rank {place.rank}", place_of(error)) if part)
+        message = f"{at}: {type(error).__name__}: {error}{where}"
         _fail(Failure(kind="work", rank=place.rank, message=message), place, run_dir)
 
 

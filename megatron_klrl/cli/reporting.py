@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import typer
 
 from megatron_klrl.errors import UserError, WorkError
+from megatron_klrl.runtime.place import described
 
 
 def tell(message: str) -> None:
@@ -30,5 +31,5 @@ def errors_reported(*, traceback: bool = False) -> Iterator[None]:
     except (UserError, WorkError) as error:
         if traceback:
             sys.stderr.write(tracebacks.format_exc())
-        tell(str(error))
+        tell(described(error) if isinstance(error, WorkError) else str(error))
         raise typer.Exit(error.exit_code) from None

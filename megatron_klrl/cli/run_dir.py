@@ -8,9 +8,12 @@ from pathlib import Path
 import psutil
 
 from megatron_klrl.cli.rank import RankPlace
+from megatron_klrl.cli.reporting import tell
 from megatron_klrl.config.load import Difference, diff_recipes, dump_recipe, load_recipe
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.errors import UserError
+from megatron_klrl.launch.failure import clear_failure
+from megatron_klrl.runtime.stop import clear_unfinished
 
 RUNS = Path("runs")
 CONFIG_FILE = "config.yaml"
@@ -32,7 +35,7 @@ def choose_run_dir(stem: str, given: Path | None, *, resume: bool, place: RankPl
     if place is not None and place.run_dir is not None:
         return place.run_dir
     if resume:
-        return _existing_run(given) if given is not None else _newest_run(stem)
+        return _run_to_resume(given, place) if given is not None else _newest_run(stem)
     if given is None:
         return _new_name(stem, place)
     # Only one rank may look: a moment later the folder is there because another has made it.
@@ -49,11 +52,25 @@ def _refuse_used(given: Path) -> None:
         raise UserError(f"{given} already holds a run", field="--run-dir", fix=fix)
 
 
-def _existing_run(given: Path) -> Path:
-    if not (given / CONFIG_FILE).is_file():
+def _run_to_resume(given: Path, place: RankPlace | None) -> Path:
+    """The given folder, if it holds a run.
+
+    A machine that starts the same command again (SLURM's requeue, torchrun's restarts) says --resume each time, and the
+    start before may have died before it wrote anything: there a run that does not exist begins. For a person it is a
+    mistake. Only one rank may look: a moment later the folder is there because another has made it.
+    """
+    if (place is not None and place.rank > 0) or (given / CONFIG_FILE).is_file():
+        return given
+    if not _restarted_by_a_machine():
         problem = f"{given} holds no run to resume (no {CONFIG_FILE})"
         raise UserError(problem, field="--run-dir", fix="give the folder of an earlier run, or leave --resume away")
+    tell(f"--resume: {given} holds no run yet; this start begins one")
     return given
+
+
+def _restarted_by_a_machine() -> bool:
+    counts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"))
+    return any(count.isdigit() and int(count) > 0 for count in counts)
 
 
 def _newest_run(stem: str) -> Path:
@@ -87,10 +104,14 @@ def _numbered(path: Path) -> list[Path]:
 def prepare_run_dir(run_dir: Path, recipe: Recipe, *, resume: bool) -> list[Difference]:
     """Make the folder and write the resolved recipe; what an earlier start wrote is kept beside it.
 
+    What an earlier start said about its end (error.json, unfinished.json) is removed.
+
     Returns:
         On resume, the settings that differ from the earlier start.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    clear_failure(run_dir)
+    clear_unfinished(run_dir)
     config = run_dir / CONFIG_FILE
     changed: list[Difference] = []
     if resume and config.is_file():

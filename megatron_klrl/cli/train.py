@@ -16,6 +16,7 @@ from megatron_klrl.config.load import dump_recipe, load_recipe
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.errors import UserError
 from megatron_klrl.launch.local import run_ranks
+from megatron_klrl.runtime.stop import STOPS
 
 
 def train(
@@ -82,7 +83,7 @@ def _start(preparation: Preparation, run_dir: Path, *, place: RankPlace | None, 
     else:
         options = [*(["--resume"] if resume else []), *(["--traceback"] if traceback else [])]
         argv = ["train", str(run_dir / CONFIG_FILE), *options]
-        raise typer.Exit(run_ranks(argv, preparation.world_size, run_dir, report=tell))
+        raise typer.Exit(run_ranks(argv, preparation.world_size, run_dir, stops=STOPS, report=tell))
 
 
 def _train_rank(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:

@@ -118,6 +118,33 @@ def check_reference(recipe: Recipe) -> None:
         raise UserError(problem, field="optimum.prompts", fix=fix)
 
 
+def check_keep_best(recipe: Recipe) -> None:
+    """The best of the checkpoints that go is kept: some go, and an evaluation named is one of the recipe's."""
+    name, field = recipe.checkpoint.keep_best, "checkpoint.keep_best"
+    if name is None:
+        return
+    if recipe.checkpoint.keep is None:
+        fix = f"set checkpoint.keep, or leave {field} out"
+        raise UserError(f"is {name}, but without checkpoint.keep all checkpoints stay", field=field, fix=fix)
+    if name.startswith("eval/") and name not in {f"eval/{each}/accuracy" for each in recipe.data.eval}:
+        known = ", ".join(f"eval/{each}/accuracy" for each in recipe.data.eval) or "none: data.eval is empty"
+        raise UserError(
+            f"{name} is not measured", field=field, fix=f"name one of the evaluations ({known}), or a metric"
+        )
+
+
+def warn_keep_best(recipe: Recipe) -> Iterator[str]:
+    """A checkpoint without an evaluation in its own step is never the best one."""
+    loop, name = recipe.loop, recipe.checkpoint.keep_best
+    if name is None or not name.startswith("eval/") or not loop.checkpoint_every:
+        return
+    if not loop.eval_every or loop.checkpoint_every % loop.eval_every:
+        yield (
+            f"checkpoint.keep_best: {name} is measured every {loop.eval_every} steps (loop.eval_every; 0: at the end), "
+            f"and checkpoints of other steps never count as the best one"
+        )
+
+
 def warn_stale_reward(recipe: Recipe) -> Iterator[str]:
     """What stale samples earn says little of the policy that trains on them."""
     loop = recipe.loop
@@ -165,5 +192,10 @@ LOOP_RULES: tuple[Callable[[Recipe], None], ...] = (
     check_dynamic_sampling,
     check_kl_control,
     check_reference,
+    check_keep_best,
 )
-LOOP_WARNINGS: tuple[Callable[[Recipe], Iterator[str]], ...] = (warn_stale_reward, warn_stale_gradient)
+LOOP_WARNINGS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
+    warn_stale_reward,
+    warn_stale_gradient,
+    warn_keep_best,
+)

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from megatron_klrl.config.algorithm import AlgorithmSection, MismatchSection
+from megatron_klrl.config.checkpoint import CheckpointSection
 from megatron_klrl.config.data import DataSection
 from megatron_klrl.config.fields import (
     Count,
@@ -228,6 +229,9 @@ class LoopSection(Section):
     costs a second forward and backward; 0: never."""
     checkpoint_every: Count = 0
     """Steps between checkpoints; 0: only at the end."""
+    step_timeout_s: PositiveNumber = 3600.0
+    """Longest time of a step, of an evaluation and of a checkpoint, each for itself, in seconds: after it every rank
+    writes its stacks to stacks/ and the run ends. The timeout of collectives is a minute longer."""
 
     @model_validator(mode="before")
     @classmethod
@@ -287,6 +291,8 @@ class Recipe(Section):
     """How weights reach the engines."""
     loop: LoopSection
     """Length of the run and size of a step."""
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    """Which checkpoints stay."""
     data: DataSection
     """Prompts."""
     launch: LaunchSection = Field(default_factory=LaunchSection)

@@ -11,18 +11,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from megatron_klrl.launch.failure import EXIT_CODES, clear_failure, read_failure
 from megatron_klrl.runtime.logs import log_file
+from megatron_klrl.runtime.place import last_place, place_file
 
 RUN_DIR_VARIABLE = "KLRL_RUN_DIR"
 COMMAND = (sys.executable, "-m", "megatron_klrl.cli")
 _POLL_S = 0.05
+_LAST_WORDS_S = 2.0  # ranks that lose one of them say where they were, and clean up
 _TAIL_LINES = 5
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked child should not load libraries
@@ -32,6 +35,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a
 class _Watch:
     """What the parent has seen so far; the only mutable state of the launcher."""
 
+    stops: frozenset[int]
     pending: list[int] = field(default_factory=list)
     forwarded: list[int] = field(default_factory=list)
     own_end: dict[int, int] = field(default_factory=dict)
@@ -46,6 +50,7 @@ def run_ranks(
     *,
     command: Sequence[str] = COMMAND,
     grace_s: float = 10.0,
+    stops: Iterable[signal.Signals] = (),
     report: Callable[[str], object] | None = None,
 ) -> int:
     """Run `command` + `argv` in `ranks` processes and wait for all of them.
@@ -54,12 +59,17 @@ def run_ranks(
     terminated, and killed `grace_s` seconds later. SIGINT and SIGTERM are forwarded; on a second one the ranks have
     `grace_s` seconds left. A rank dies with this process, however that ends.
 
+    Signals in `stops` ask the ranks to stop in their own time. They are forwarded too, to the ranks alone and not to
+    what these started, and wait in a rank until it listens. Ranks that take SIGTERM so are killed when another fails,
+    after two seconds for last words.
+
     Args:
         argv: arguments of the command, the same for each rank.
         ranks: number of processes, at least 1.
         run_dir: existing folder of the run.
         command: program and first arguments.
         grace_s: seconds between asking ranks to end and killing them.
+        stops: signals that `command` takes as a request.
         report: receives each message to the user; standard error if None.
 
     Returns:
@@ -68,18 +78,27 @@ def run_ranks(
     """
     clear_failure(run_dir)
     (run_dir / "logs").mkdir(exist_ok=True)
-    watch = _Watch()
+    _forget_places(ranks, run_dir)  # of a start whose launcher was killed
+    watch = _Watch(stops=frozenset(stops))
     processes: list[subprocess.Popen[bytes]] = []
     with _signals_into(watch):
         try:
             port = _free_port()
             for rank in range(ranks):
                 environment = _environment(rank, ranks, port, run_dir)
-                processes.append(_start([*command, *argv], environment, rank, run_dir))
+                processes.append(_start([*command, *argv], environment, rank, run_dir, blocked=watch.stops))
             _wait(processes, watch, grace_s)
         finally:
             _kill(processes)
-    return _conclude(watch, run_dir, report or _to_stderr)
+    try:
+        return _conclude(watch, run_dir, report or _to_stderr)
+    finally:
+        _forget_places(ranks, run_dir)
+
+
+def _forget_places(ranks: int, run_dir: Path) -> None:
+    for rank in range(ranks):
+        place_file(run_dir, rank).unlink(missing_ok=True)
 
 
 def _environment(rank: int, ranks: int, port: int, run_dir: Path) -> dict[str, str]:
@@ -103,7 +122,9 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(command: list[str], environment: dict[str, str], rank: int, run_dir: Path) -> subprocess.Popen[bytes]:
+def _start(
+    command: list[str], environment: dict[str, str], rank: int, run_dir: Path, *, blocked: frozenset[int]
+) -> subprocess.Popen[bytes]:
     with log_file(run_dir, rank).open("ab") as log:
         return subprocess.Popen(
             command,
@@ -113,8 +134,14 @@ def _start(command: list[str], environment: dict[str, str], rank: int, run_dir: 
             stderr=None if rank == 0 else log,
             # An own session: Ctrl-C reaches the ranks once, through us, and killing takes their children too.
             start_new_session=True,
-            preexec_fn=die_with_parent,  # noqa: PLW1509  this process has no threads
+            preexec_fn=partial(_in_child, blocked),  # noqa: PLW1509  this process has no threads
         )
+
+
+def _in_child(blocked: frozenset[int]) -> None:
+    """Die with the parent; keep for later what would end a process that does not listen yet."""
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
 
 
 def die_with_parent() -> None:
@@ -128,7 +155,8 @@ def _signals_into(watch: _Watch) -> Iterator[None]:
     def note(signum: int, _frame: FrameType | None) -> None:
         watch.pending.append(signum)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = {signal.SIGINT, signal.SIGTERM, *watch.stops}
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield
     finally:
@@ -143,11 +171,18 @@ def _wait(processes: list[subprocess.Popen[bytes]], watch: _Watch, grace_s: floa
         _forward(processes, watch, grace_s)
         failed = any(watch.own_end.values())
         if failed and watch.kill_at is None:
-            _signal_all(processes, signal.SIGTERM)
-            watch.kill_at = time.monotonic() + grace_s
+            _end_the_others(processes, watch, grace_s)
         if watch.kill_at is not None and time.monotonic() > watch.kill_at:
             _kill(processes)
         time.sleep(_POLL_S)
+
+
+def _end_the_others(processes: list[subprocess.Popen[bytes]], watch: _Watch, grace_s: float) -> None:
+    if signal.SIGTERM in watch.stops:  # they would take it for a request to stop after a step that cannot end
+        watch.kill_at = time.monotonic() + _LAST_WORDS_S
+    else:
+        _signal_all(processes, signal.SIGTERM)
+        watch.kill_at = time.monotonic() + grace_s
 
 
 def _collect(processes: list[subprocess.Popen[bytes]], watch: _Watch) -> None:
@@ -165,15 +200,20 @@ def _collect(processes: list[subprocess.Popen[bytes]], watch: _Watch) -> None:
 def _forward(processes: list[subprocess.Popen[bytes]], watch: _Watch, grace_s: float) -> None:
     while watch.pending:
         number = watch.pending.pop(0)
-        if watch.forwarded and watch.kill_at is None:
+        if number != signal.SIGUSR1 and {*watch.forwarded} - {signal.SIGUSR1} and watch.kill_at is None:
             watch.kill_at = time.monotonic() + grace_s
         watch.forwarded.append(number)
-        _signal_all(processes, number)
+        _signal_all(processes, number, alone=number in watch.stops)
 
 
-def _signal_all(processes: list[subprocess.Popen[bytes]], number: int) -> None:
+def _signal_all(processes: list[subprocess.Popen[bytes]], number: int, *, alone: bool = False) -> None:
+    """To every rank that runs: with all that it started, or to it alone."""
     for process in processes:
-        if process.poll() is None:
+        if process.poll() is not None:
+            continue
+        if alone:
+            process.send_signal(number)
+        else:
             _signal_group(process, number)
 
 
@@ -200,9 +240,13 @@ def _to_stderr(message: str) -> None:
 def _conclude(watch: _Watch, run_dir: Path, report: Callable[[str], object]) -> int:
     failure = read_failure(run_dir)
     asked = set(watch.forwarded)
-    for rank, code in sorted(watch.own_end.items()):
-        if code < 0 and -code not in asked:
-            report(_death(rank, -code, run_dir))
+    dead = [(rank, -code) for rank, code in sorted(watch.own_end.items()) if code < 0 and -code not in asked]
+    if failure is not None and dead:  # the others' failure is what its death looks like to them: it tells the phase
+        told = (f"{_death(rank, number, run_dir)} (its log: {log_file(run_dir, rank)})" for rank, number in dead)
+        report(f"{'; '.join(told)}. Then {failure.message}")
+        return EXIT_CODES[failure.kind]
+    for rank, number in dead:
+        report(f"{_death(rank, number, run_dir)}{_output_of(rank, run_dir)}")
     if failure is not None:
         report(failure.message)
         return EXIT_CODES[failure.kind]
@@ -218,8 +262,9 @@ def _conclude(watch: _Watch, run_dir: Path, report: Callable[[str], object]) -> 
 
 
 def _death(rank: int, number: int, run_dir: Path) -> str:
+    place = last_place(run_dir, rank)
     hint = " (often the machine is out of memory)" if number == signal.SIGKILL else ""
-    return f"rank {rank} was killed by {signal.Signals(number).name}{hint}{_output_of(rank, run_dir)}"
+    return f"rank {rank} was killed by {signal.Signals(number).name}{hint}{f', in {place}' if place else ''}"
 
 
 def _output_of(rank: int, run_dir: Path) -> str:

@@ -1,16 +1,20 @@
-"""A run's checkpoints: what belongs to one, where it lies, and which is complete."""
+"""A run's checkpoints: what belongs to one, where it lies, which of them stay, and from which one a run goes on."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_klrl.errors import UserError
+from megatron_klrl.config.checkpoint import CheckpointSection, Fallback
+from megatron_klrl.errors import UserError, WorkError
+from megatron_klrl.loop import manifest
+from megatron_klrl.loop.manifest import Measured
 
 _STATE, _RECIPE = "state.json", "recipe.yaml"
+_WRITING, _DELETING, _DAMAGED = ".writing_", ".deleting_", "damaged_"
 WAITING = "rollouts.safetensors"
 """Rollouts that were sampled ahead of their step."""
 REFERENCE = "reference"
@@ -19,7 +23,7 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """What a run needs to go on, besides tensors. Seeds follow from the step.
+    """What a run needs to go on, besides tensors. Seeds and the learning rate follow from the step.
 
     Attributes:
         step: finished steps.
@@ -42,41 +46,165 @@ class RunState:
     reference_rates: tuple[float, ...] = ()
 
 
-def save(root: Path, state: RunState, recipe_text: str, write_tensors: Callable[[Path], None]) -> Path:
-    """Write a checkpoint under a temporary name and move it; collective. The state file is written last.
+class Checkpoints:
+    """The checkpoints of one run, below one folder.
 
-    Args:
-        root: the run's checkpoints folder.
-        state: to store.
-        recipe_text: resolved recipe, so that a checkpoint can be exported by itself.
-        write_tensors: writes everything else into an existing, empty folder; collective.
+    A checkpoint is written under a temporary name and moved, so a folder named ``step_*`` is complete; it is deleted
+    the same way. What is left of either, when a run dies in between, is removed at the next start.
+
+    Attributes:
+        resumed: the one that this run went on from; it stays.
     """
-    final, partial = root / f"step_{state.step:06d}", root / f".writing_{state.step:06d}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    write_tensors(partial)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (partial / _RECIPE).write_text(recipe_text)
-        (partial / _STATE).write_text(json.dumps(asdict(state)))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    dist.barrier()
-    return final
+
+    def __init__(self, root: Path, rules: CheckpointSection) -> None:
+        self._root, self._rules = root, rules
+        self.resumed: Path | None = None
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, if there is one."""
+        return self._root / f"step_{step:06d}"
+
+    def sweep(self) -> None:
+        """Remove what a start that died left half written or half deleted; one rank calls it."""
+        for name in (_WRITING, _DELETING):
+            for left in self._root.glob(f"{name}*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def to_resume(self, say: Callable[[str], object]) -> Path | None:
+        """The newest checkpoint, verified; None if there is none. The same on every rank; collective.
+
+        Damaged ones that are passed over are set aside, under another name: the run that goes on must neither count
+        them as its newest nor find them again.
+
+        Args:
+            say: told of each of them.
+
+        Raises:
+            UserError: it is damaged and the recipe does not ask for the one before it, or all are damaged.
+        """
+        folders = manifest.told(self._folders() if dist.get_rank() == 0 else None)
+        damaged: list[Path] = []
+        for folder in reversed(folders):
+            problem = manifest.first_problem(folder)
+            if problem is None:
+                self.resumed = folder
+                _set_aside(damaged)
+                return folder
+            if self._rules.fallback is Fallback.NONE:
+                fix = "set checkpoint.fallback=previous to go on from the newest one that is whole"
+                raise UserError(f"{folder} is damaged: {problem}", field="--resume", fix=fix)
+            say(f"  {folder} is damaged: {problem}; the one before it is taken")
+            damaged.append(folder)
+        if folders:
+            fix = "start without --resume in another folder"
+            raise UserError(f"every checkpoint in {self._root} is damaged", field="--resume", fix=fix)
+        return None
+
+    def save(
+        self,
+        state: RunState,
+        recipe_text: str,
+        write_tensors: Callable[[Path], None],
+        *,
+        values: Mapping[str, float],
+    ) -> None:
+        """Write a checkpoint, then delete those that the recipe does not keep; collective.
+
+        Args:
+            state: to store.
+            recipe_text: resolved recipe, so that a checkpoint can be exported by itself.
+            write_tensors: writes everything else into an existing, empty folder; collective.
+            values: metrics of the state's step, among them what ``checkpoint.keep_best`` compares.
+
+        Raises:
+            WorkError: it could not be written; those before it are as they were.
+        """
+        final, partial = self.folder(state.step), self._root / f"{_WRITING}{state.step:06d}"
+        try:
+            self._write(partial, state, recipe_text, write_tensors, values)
+            if dist.get_rank() == 0:
+                _delete(final)
+                partial.rename(final)
+                self._prune()
+        except OSError as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise WorkError(
+                f"the checkpoint of step {state.step} could not be written to {self._root} ({error}); "
+                f"{_free(self._root)}. Earlier checkpoints are whole: make room, then --resume"
+            ) from error
+        dist.barrier()
+
+    def _write(
+        self,
+        partial: Path,
+        state: RunState,
+        recipe_text: str,
+        write_tensors: Callable[[Path], None],
+        values: Mapping[str, float],
+    ) -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        write_tensors(partial)
+        if dist.get_rank() == 0:
+            (partial / _RECIPE).write_text(recipe_text)
+            (partial / _STATE).write_text(json.dumps(asdict(state)))
+        dist.barrier()
+        metric = self._rules.keep_best
+        known = metric is not None and metric in values
+        manifest.write(partial, Measured(metric=metric, value=values[metric]) if metric and known else None)
+
+    def _folders(self) -> list[Path]:
+        return sorted(folder for folder in self._root.glob("step_*") if folder.is_dir())
+
+    def _prune(self) -> None:
+        if self._rules.keep is None:
+            return
+        folders = self._folders()
+        kept = {*folders[-self._rules.keep :], self.resumed}
+        if self._rules.keep_best is not None:
+            values = {folder: manifest.measured(folder, self._rules.keep_best) for folder in folders}
+            candidates = [(value, folder) for folder, value in values.items() if value is not None]
+            kept.add(max(candidates)[1] if candidates else None)
+        for folder in folders:
+            if folder not in kept:
+                _delete(folder)
 
 
-def newest(root: Path) -> Path:
-    """The newest complete checkpoint.
+def _set_aside(folders: list[Path]) -> None:
+    dist.barrier()  # every rank has read what it wanted to
+    for folder in folders if dist.get_rank() == 0 else []:
+        aside = folder.with_name(f"{_DAMAGED}{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
+
+def _delete(folder: Path) -> None:
+    """Under another name first: a folder that is half gone must not look like a checkpoint."""
+    if folder.exists():
+        gone = folder.with_name(f"{_DELETING}{folder.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)
+
+
+def _free(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB are free there" if folder.exists() else "it is not there"
+
+
+def check(folder: Path) -> None:
+    """A checkpoint that somebody named is whole; collective.
 
     Raises:
-        UserError: there is none.
+        UserError: it is not.
     """
-    complete = sorted(folder for folder in root.glob("step_*") if (folder / _STATE).exists())
-    if not complete:
-        raise UserError(f"no complete checkpoint in {root}", field="--resume", fix="start the run without --resume")
-    return complete[-1]
+    problem = manifest.first_problem(folder)
+    if problem is not None:
+        raise UserError(
+            f"{folder} is damaged: {problem}", field="checkpoint", fix="name another step_* folder of a run"
+        )
 
 
 def read_state(folder: Path) -> RunState:

@@ -31,12 +31,14 @@ class RunRecord:
 
         Args:
             run_dir: of the run.
-            first_step: finished steps; what an earlier start wrote after them is replaced.
+            first_step: finished steps; what an earlier start wrote after them is replaced, at 0 all of it.
             console: of rank 0.
         """
         self.run_dir, self.console = run_dir, console
-        self._file = MetricsFile(run_dir / "metrics.jsonl", keep_before=first_step + 1)
-        purge = first_step + 1 if first_step else None
+        begun = (run_dir / "metrics.jsonl").exists()
+        first = first_step + 1 if first_step else 0
+        self._file = MetricsFile(run_dir / "metrics.jsonl", keep_before=first)
+        purge = first if begun else None
         self._last: dict[str, float] = {}
         self._board = TensorBoardWriter(run_dir / "tensorboard", purge_step=purge)
 

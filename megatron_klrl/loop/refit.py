@@ -72,7 +72,10 @@ def refit(parts: Parts, *, version: int, verify: bool) -> dict[str, float]:
             raise WorkError(f"weight update {version} did not arrive as it was sent: {wrong}")
         found = agreement(parts, sampled(parts, purpose="verify", version=version))
         if not math.isfinite(found.largest):
-            raise DivergenceError(f"after weight update {version} log-probabilities are not finite")
+            raise DivergenceError(
+                f"after weight update {version} log-probabilities are not finite, though its weights are: training has "
+                "run away. Nothing of this step was saved; --resume with a smaller optimizer.lr"
+            )
         bounds = BOUNDS[parts.recipe.precision.dtype]
         if not found.within(bounds):
             raise WorkError(

@@ -1,17 +1,19 @@
 """The loop of a training run."""
 
 import shutil
+import signal
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_klrl.config.load import dump_recipe
-from megatron_klrl.loop import checkpoints, details, optimum, reference, rollout_file
+from megatron_klrl.loop import details, optimum, reference, rollout_file
 from megatron_klrl.loop.buffer import RolloutBuffer
-from megatron_klrl.loop.checkpoints import RunState
+from megatron_klrl.loop.checkpoints import REFERENCE, WAITING, Checkpoints, RunState, read_state
 from megatron_klrl.loop.evaluation import evaluate
 from megatron_klrl.loop.export import write_hf_folder
 from megatron_klrl.loop.parts import Parts
@@ -22,10 +24,25 @@ from megatron_klrl.loop.rollout import collate
 from megatron_klrl.loop.samples import records
 from megatron_klrl.loop.step import train_on
 from megatron_klrl.metrics import step as step_metrics
+from megatron_klrl.runtime.step_bound import StepBound
+from megatron_klrl.runtime.stop import StopRequest, write_unfinished
 from megatron_klrl.tracking.card import Card
 from megatron_klrl.tracking.console import RunConsole
 
 _SAMPLES_KEPT = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """What can end a run before its last step.
+
+    Attributes:
+        stop: whether this rank was asked to stop.
+        bound: on the time of each step.
+    """
+
+    stop: StopRequest
+    bound: StepBound
 
 
 class Run:
@@ -44,9 +61,10 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         source: Path,
         facts: Mapping[str, str],
-        resume: bool,
+        checkpoints: Checkpoints,
+        ends: Ends,
     ) -> None:
-        """Take the parts; on resume, load the newest checkpoint and push its weights into the engine.
+        """Take the parts; where the run goes on from a checkpoint, load it and push its weights into the engine.
 
         Args:
             parts: of the run.
@@ -55,17 +73,22 @@ class Run:
             tokenizer: decodes samples.
             source: Hugging Face folder whose configuration and tokenizer the export copies.
             facts: what runs, for the card: a biased KL configuration is marked there from the start.
-            resume: go on from the newest complete checkpoint.
+            checkpoints: of the run; they know from which one it goes on.
+            ends: what can end it before its last step.
         """
         self.parts, self.run_dir, self._console = parts, run_dir, console
         self._tokenizer, self._source, self._facts = tokenizer, source, facts
+        self._ends, self._bound = ends, ends.bound
         self._producer = Producer(parts, next_prompt=0)
         loop = parts.recipe.loop
         self._buffer = RolloutBuffer(self._producer, max_staleness=loop.max_staleness, last_step=loop.steps)
-        self.state = self._restore() if resume else self._fresh()
-        self._has_refitted = resume
+        self._checkpoints, found = checkpoints, checkpoints.resumed
+        self.state = self._fresh() if found is None else self._restore(found)
+        self._has_refitted = found is not None
+        self._saved = self.state.step
         self.record = None
         if parts.world.is_main:
+            self._checkpoints.sweep()
             self.record = RunRecord(run_dir, first_step=self.state.step, console=console)
             self.record.card(Card(facts={**facts, "steps": "running"}), step=self.state.step)
 
@@ -73,35 +96,67 @@ class Run:
         found = reference.checksum(self.parts)
         return RunState(step=0, weight_version=0, reference_checksum=found)
 
-    def _restore(self) -> RunState:
-        folder = checkpoints.newest(self.run_dir / "checkpoints")
-        state = checkpoints.read_state(folder)
+    def _restore(self, folder: Path) -> RunState:
+        state = read_state(folder)
         self.parts.trainer.load(folder)
         self.parts.trainer.step = state.updates
         if state.reference_step:
-            self.parts.trainer.load_reference(folder / checkpoints.REFERENCE)
+            self.parts.trainer.load_reference(folder / REFERENCE)
         reference.check(self.parts, folder, state.reference_checksum)
         self._producer.next_prompt = state.next_prompt
-        if (folder / checkpoints.WAITING).exists():
-            self._buffer.restore(rollout_file.read(folder / checkpoints.WAITING, self.parts.task))
+        if (folder / WAITING).exists():
+            self._buffer.restore(rollout_file.read(folder / WAITING, self.parts.task))
         refit(self.parts, version=state.weight_version, verify=True)
         self._console.say(f"  resumed from {folder} at step {state.step}")
         return state
 
-    def train(self) -> None:
-        """Run from the current state to the last step."""
-        loop = self.parts.recipe.loop
+    def train(self) -> int:
+        """Run from the current state to the last step, or to the one after which the ranks were asked to stop.
+
+        Returns:
+            The signal that asked them, after a checkpoint; 0 at the end of the run.
+        """
         self._offload()
-        if self.state.step == 0:
-            self._start()
+        asked = self._asked_to_stop()
+        with self._bound:
+            if not asked and self.state.step == 0:
+                self._bound.begin("the evaluation of the untouched model")
+                self._start()
+            if not asked:
+                asked = self._train_steps()
+            if asked and self._saved < self.state.step:
+                self.checkpoint({})
+        return asked
+
+    def _train_steps(self) -> int:
+        loop = self.parts.recipe.loop
         with self._console.training(first_step=self.state.step):
             for step in range(self.state.step + 1, loop.steps + 1):
-                values = self._step(step)
-                found = evaluate(self.parts) if _due(step, loop.eval_every, loop.steps) else {}
-                if self.record:
-                    self.record.step(step, values, found)
-                if _due(step, loop.checkpoint_every, loop.steps):
-                    self.checkpoint()
+                asked = self._asked_to_stop()
+                if asked:
+                    return asked
+                with self.parts.timers.places.within(f"step {step}"):
+                    self._one(step)
+        return 0
+
+    def _one(self, step: int) -> None:
+        loop, bound, places = self.parts.recipe.loop, self._bound, self.parts.timers.places
+        bound.begin(f"step {step}")
+        values, found = self._step(step), {}
+        if _due(step, loop.eval_every, loop.steps):
+            bound.begin(f"the evaluation after step {step}")
+            with places.within("evaluation"):
+                found = evaluate(self.parts)
+        if self.record:
+            self.record.step(step, values, found)
+        if _due(step, loop.checkpoint_every, loop.steps):
+            self.checkpoint(values | found)
+
+    def _asked_to_stop(self) -> int:
+        """The signal by which any rank was asked to; 0 if none was. Collective: signals reach some ranks, some time."""
+        number = torch.tensor([self._ends.stop.number], dtype=torch.int64)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
 
     def _start(self) -> None:
         """Evaluation of the untouched model, and the reference samples of the optimum report."""
@@ -162,14 +217,15 @@ class Run:
         values["throughput/tokens_per_s"] = float(batch.lengths.sum()) / measured["time/step_s"]
         return values | measured
 
-    def checkpoint(self) -> Path:
-        """Write a checkpoint of the current state; collective."""
-        if self.state.reference_step:
-            self.state = replace(self.state, reference_checksum=reference.checksum(self.parts))
-        root, recipe = self.run_dir / "checkpoints", dump_recipe(self.parts.recipe)
-        written = checkpoints.save(root, self.state, recipe, self._write_tensors)
-        self._offload()
-        return written
+    def checkpoint(self, values: Mapping[str, float]) -> None:
+        """Write a checkpoint of the current state, with what was measured in its step; collective."""
+        self._bound.begin(f"the checkpoint of step {self.state.step}")
+        with self.parts.timers.places.within("checkpoint"):
+            if self.state.reference_step:
+                self.state = replace(self.state, reference_checksum=reference.checksum(self.parts))
+            self._checkpoints.save(self.state, dump_recipe(self.parts.recipe), self._write_tensors, values=values)
+            self._saved = self.state.step
+            self._offload()
 
     def _offload(self) -> None:
         """Where wanted, what only an update needs goes before the engine takes memory again."""
@@ -179,13 +235,30 @@ class Run:
     def _write_tensors(self, folder: Path) -> None:
         self.parts.trainer.save(folder)
         if self.state.reference_step:
-            within = folder / checkpoints.REFERENCE
+            within = folder / REFERENCE
             if self.parts.world.is_main:
                 within.mkdir()
             dist.barrier()
             self.parts.trainer.save_reference(within)
         if self.parts.world.is_main and self._buffer.waiting:
-            rollout_file.write(folder / checkpoints.WAITING, self._buffer.waiting)
+            rollout_file.write(folder / WAITING, self._buffer.waiting)
+
+    def leave_unfinished(self, asked: int) -> None:
+        """Say, in a file, on the card and to the user, that the run stopped in good order before its end.
+
+        Args:
+            asked: signal that asked for it.
+        """
+        if self.record is None:
+            return
+        steps, by = self.parts.recipe.loop.steps, signal.Signals(asked).name
+        write_unfinished(self.run_dir, step=self.state.step, steps=steps, number=asked)
+        stopped = f"stopped at step {self.state.step} of {steps} by {by}"
+        self.record.card(Card(facts={**self._facts, "steps": stopped}), step=self.state.step)
+        self.record.close()
+        saved = self._checkpoints.folder(self.state.step)
+        kept = f"checkpoint {saved}" if saved.exists() else "no checkpoint yet"
+        self._console.say(f"{stopped}, {kept}; go on with --resume --run-dir {self.run_dir}")
 
     def export(self) -> Path:
         """Write the policy as a Hugging Face folder, in place of what an earlier end of this run left; collective."""

@@ -1,9 +1,8 @@
 """The one train step, for rollouts of any age and any number of updates."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
-
-import torch
 
 from megatron_klrl.batch import RolloutBatch, TokenScores, TrainBatch
 from megatron_klrl.config.recipe import Recipe
@@ -46,6 +45,7 @@ def train_on(
     with parts.timers.phase("score"):
         scores = parts.trainer.score(batch)
     metrics = _described(batch, scores, recipe)
+    _check_finite(metrics, "the scores of this step's rollouts")
     advantages = task_advantages(batch, recipe)
     updates = []
     for number, rows in enumerate(_shares(batch.tokens.shape[0], recipe.loop.updates_per_batch)):
@@ -57,11 +57,22 @@ def train_on(
         update = assemble(mine, known, recipe, advantages=advantages[rows], current=current)
         with parts.timers.phase("train"):
             updates.append(_update(parts, update, recipe, split=split_gradient and number == 0))
-    metrics |= _averaged(updates)
-    broken = [name for name, value in metrics.items() if not torch.isfinite(torch.tensor(value))]
+    return metrics | _averaged(updates), scores
+
+
+def _check_finite(metrics: Mapping[str, float], where: str) -> None:
+    """Before anything is made of them: what was saved and what the engine holds stays as it is.
+
+    Raises:
+        WorkError: one is not finite.
+    """
+    broken = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
-        raise DivergenceError(f"{', '.join(broken)} not finite at optimizer step {parts.trainer.step}")
-    return metrics, scores
+        raise DivergenceError(
+            f"not finite in {where}: {', '.join(broken)}. Nothing of this step was saved or given to the engine. "
+            "Look in metrics.jsonl for where grad/norm, kl/exact or the rewards began to run away; then --resume from "
+            "the last checkpoint with a smaller optimizer.lr or a tighter optimizer.clip_grad"
+        )
 
 
 def _shares(rows: int, updates: int) -> Iterator[slice]:
@@ -88,14 +99,12 @@ def _update(parts: Parts, batch: TrainBatch, recipe: Recipe, *, split: bool) -> 
         metrics = {"grad/kl_norm": found.kl_norm, "grad/policy_kl_cosine": found.cosine}
     else:
         found, metrics = parts.trainer.forward_backward(batch, loss), {}
+    metrics |= {"policy/loss": found.loss, **found.metrics}
+    _check_finite(metrics, f"update {parts.trainer.step + 1}")
     update = parts.trainer.optim_step()
-    return {
-        "policy/loss": found.loss,
-        **found.metrics,
-        **metrics,
-        "grad/norm": update.grad_norm,
-        "policy/lr": update.lr,
-    }
+    metrics |= {"grad/norm": update.grad_norm, "policy/lr": update.lr}
+    _check_finite(metrics, f"update {parts.trainer.step}")
+    return metrics
 
 
 def _averaged(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -5,10 +5,12 @@ The other functions work around upstream bugs that show on any device (``torch_a
 Engine nor Apex provides Adam); each names the upstream cause and the condition under which it can go.
 """
 
+import queue
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -160,6 +162,19 @@ def _with_padding(buffers: Any, state: dict | None) -> dict | None:
                     parts = zip(whole.split(sizes), padding, strict=True)
                     tensors[key] = torch.cat([torch.nn.functional.pad(part, (0, pad)) for part, pad in parts])
     return state
+
+
+def write_in_this_process() -> None:
+    """Let a save hand its results over in this process, where it is written anyway.
+
+    Upstream cause (megatron-core 0.19.2, filesystem_async.py): results go through a queue of a manager process, also
+    where nothing is asynchronous. That process takes seconds to start, and a signal to the rank's process group, with
+    which schedulers and torchrun ask for a last checkpoint, ends it: the checkpoint then fails.
+    Can go when ``tests/mcore/test_compat.py::test_a_save_starts_no_process`` passes without this call.
+    """
+    module: Any = filesystem_async
+    if not isinstance(module._results_queue, queue.Queue):
+        module._results_queue = queue.Queue()
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:

@@ -43,7 +43,10 @@ def trained(
     """
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=True
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        # Clipping finds the norm, and the loop refuses one that is not finite on all ranks alike and in words.
+        check_for_nan_in_grad=settings.clip_grad == 0,
     )
     wrapped: list[Any] = [
         # only the first chunk's gradients are worth reducing early: the others' come in one go at the end

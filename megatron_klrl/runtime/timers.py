@@ -8,15 +8,20 @@ from contextlib import contextmanager
 import torch
 
 from megatron_klrl.runtime.memory import MemoryMeter
+from megatron_klrl.runtime.place import Places
 
 
 class Timers:
     """Adds up seconds per span, and notes the memory of phases, until they are taken.
 
     On CUDA the device is synchronised at the borders of a span, so that a span owns its kernels.
+
+    Attributes:
+        places: phases are among them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, places: Places | None = None) -> None:
+        self.places = places or Places()
         self._seconds: dict[str, float] = defaultdict(float)
         self._memory = MemoryMeter()
 
@@ -33,8 +38,8 @@ class Timers:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A span that also notes the memory of its body; phases do not nest."""
-        with self.span(name), self._memory.phase(name):
+        """A span that also notes the memory of its body, and is named by its failures; phases do not nest."""
+        with self.places.within(name), self.span(name), self._memory.phase(name):
             yield
 
     def take(self) -> dict[str, float]:

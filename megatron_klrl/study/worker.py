@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, TextIO
 
 from megatron_klrl.config.load import load_recipe
 from megatron_klrl.errors import UserError, WorkError
-from megatron_klrl.jobs import card_facts
+from megatron_klrl.jobs import card_facts, step_bound
 from megatron_klrl.launch.failure import Failure, kind_of, write_failure
 from megatron_klrl.runtime.logs import log_file, stderr_into
+from megatron_klrl.runtime.stop import StopRequest
 from megatron_klrl.study.wire import Done, Order, read_order, recipe_of
 from megatron_klrl.tracking.console import RunConsole
 
@@ -80,8 +81,9 @@ def _serve_one(order: Order, place: "Site", engine: "VLLMEngine | None") -> tupl
 
 def _run(order: Order, run_dir: Path, place: "Site", engine: "VLLMEngine | None") -> tuple["VLLMEngine", float]:
     from megatron_klrl import build  # noqa: PLC0415
+    from megatron_klrl.loop.checkpoints import Checkpoints  # noqa: PLC0415
     from megatron_klrl.loop.refit import restart  # noqa: PLC0415
-    from megatron_klrl.loop.run import Run  # noqa: PLC0415
+    from megatron_klrl.loop.run import Ends, Run  # noqa: PLC0415
 
     recipe = load_recipe(run_dir / "config.yaml")
     build.reseed(recipe)
@@ -90,7 +92,10 @@ def _run(order: Order, run_dir: Path, place: "Site", engine: "VLLMEngine | None"
     engine = engine or build.build_engine(recipe, place)
     started_s = time.monotonic() - before
     parts = build.build_parts(recipe, place, trainer=trainer, engine=engine)
-    if served and not order.resume:
+    checkpoints = Checkpoints(run_dir / "checkpoints", recipe.checkpoint)
+    if order.resume:
+        checkpoints.to_resume(lambda text: sys.stderr.write(f"{text}\n"))
+    if served and checkpoints.resumed is None:
         restart(parts)
     run = Run(
         parts,
@@ -99,7 +104,9 @@ def _run(order: Order, run_dir: Path, place: "Site", engine: "VLLMEngine | None"
         tokenizer=place.tokenizer,
         source=place.folder,
         facts=card_facts(recipe, place, command=order.command),
-        resume=order.resume,
+        checkpoints=checkpoints,
+        # nobody asks a worker to stop after a step: the study ends it, and goes on with the run from its checkpoint
+        ends=Ends(stop=StopRequest(has_launcher=True), bound=step_bound(recipe, run_dir, parts)),
     )
     run.train()
     run.finish(run.export())

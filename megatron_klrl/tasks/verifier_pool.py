@@ -4,19 +4,22 @@ A limit inside the process (an alarm signal) ends what runs in Python and keeps 
 one a power with a million digits in a single C call, misses the limit outside, and its process is killed and replaced.
 """
 
+import atexit
 import math
 import multiprocessing
 import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, cast
 
 from megatron_klrl.errors import WorkError
+from megatron_klrl.runtime.stop import STOPS
 from megatron_klrl.tasks.task import Verdicts
 
 _START_S = 120.0  # interpreter and imports on a busy machine
@@ -101,7 +104,9 @@ class VerifierPool:
 @cache
 def shared_pool(verifier: Verifier, *, workers: int, timeout_s: float) -> VerifierPool:
     """The one pool of this process for these settings: sets that verify alike share it."""
-    return VerifierPool(verifier, workers=workers, timeout_s=timeout_s)
+    pool = VerifierPool(verifier, workers=workers, timeout_s=timeout_s)
+    atexit.register(pool.close)  # else multiprocessing would ask them with SIGTERM, which they do not hear, and wait
+    return pool
 
 
 class _Worker:
@@ -110,7 +115,8 @@ class _Worker:
     def __init__(self, verifier: Verifier, *, timeout_s: float) -> None:
         self.connection, theirs = _context.Pipe()
         self._process = _context.Process(target=_serve, args=(theirs, verifier, timeout_s), daemon=True)
-        self._process.start()
+        with _deaf():
+            self._process.start()
         theirs.close()  # so that the process's end is seen as the end of the connection
         self.case: int | None = None
         self.deadline = time.monotonic() + _START_S
@@ -156,6 +162,20 @@ class _Worker:
         self._process.kill()
         self._process.join()
         self.connection.close()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """What starts in the body never hears the signals by which a run is asked to stop after its step.
+
+    They reach whole process groups, and a case whose process they end would count as a failed verification.
+    """
+    resource_tracker.ensure_running()  # starting it, which the first process would do, lets SIGTERM through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _OutOfTimeError(BaseException):

@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from megatron_klrl.runtime.place import Places
+
 _COLUMNS = (
     ("step", 5, "d", "step"),
     ("reward", 7, ".3f", "reward/mean"),
@@ -33,14 +35,18 @@ _MANY_STEPS = 40
 class RunConsole:
     """What rank 0 prints. Without a terminal the same rows appear as plain lines and the bar is left out."""
 
-    def __init__(self, *, steps: int, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self, *, steps: int, quiet: bool = False, console: Console | None = None, places: Places | None = None
+    ) -> None:
         """Take the terminal.
 
         Args:
             steps: of the whole run.
             quiet: print nothing: for ranks other than 0.
             console: where to print; standard output by default.
+            places: phases are among them.
         """
+        self._places = places or Places()
         self.console = console or Console(highlight=False, quiet=quiet)
         self._row_every = 1 if steps <= _MANY_STEPS else 5
         self._steps = steps
@@ -73,7 +79,8 @@ class RunConsole:
         start = time.perf_counter()
         with self._bar(SpinnerColumn(), TextColumn("{task.description} ..."), transient=True) as spinner:
             spinner.add_task(name)
-            yield
+            with self._places.within(name):
+                yield
         self.say(f"  {name}: {time.perf_counter() - start:.1f} s")
 
     @contextmanager

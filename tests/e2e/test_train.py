@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_klrl.metrics.names import METRICS, PANELS, known
 from megatron_klrl.runtime.seeds import derive
 from megatron_klrl.tasks.arithmetic import ArithmeticTask
+from tests.e2e.live import LiveRun
 
 RECIPE = Path(__file__).parents[2] / "examples" / "recipes" / "arithmetic_cpu.yaml"
 STEPS, HALF = 20, 10
@@ -243,13 +245,45 @@ def test_the_checkpoint_exports_to_the_same_folder(trained: Trained, tmp_path: P
     assert all(torch.equal(ours[name], written[name]) for name in ours)
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(trained: Trained, tmp_path: Path) -> None:
-    """Bit for bit: the second half from the checkpoint in the middle gives the same numbers as the first time."""
+def test_a_run_resumed_and_stopped_and_resumed_repeats_the_uninterrupted_one(trained: Trained, tmp_path: Path) -> None:
+    """Bit for bit: from the checkpoint in the middle, the last is damaged; stopped by a signal to one rank; and on."""
     again = tmp_path / "again"
-    shutil.copytree(trained.folder, again, ignore=shutil.ignore_patterns(f"step_{STEPS:06d}", "hf"))
-    done = klrl("train", RECIPE, *SETTINGS, "--run-dir", again, "--resume")
+    shutil.copytree(trained.folder, again, ignore=shutil.ignore_patterns("hf"))
+    broken = again / "checkpoints" / f"step_{STEPS:06d}"
+    (broken / ".metadata").write_bytes(b"")
+    arguments = [RECIPE, *SETTINGS, "--resume"]
+    refused = klrl("train", *arguments, "--run-dir", again)
+    assert refused.returncode == 2
+    problem = f"{broken} is damaged: .metadata has 0 bytes"
+    assert len(refused.stderr.splitlines()) == 1
+    assert refused.stderr.startswith(f"klrl: --resume: {problem}")
+
+    run = LiveRun(again, *arguments, "checkpoint.fallback=previous", "checkpoint.keep=1")
+    try:
+        while run.last_step() != HALF + 2:  # what the run wrote beyond its checkpoint goes when it is resumed
+            assert run.process.poll() is None, run.process.communicate()
+            time.sleep(0.01)
+        run.rank(1).send_signal(signal.SIGUSR1)
+        code, out, err = run.end()
+    finally:
+        run.kill()
+    assert code == 0, out + err
+    assert problem in out
+    assert f"at step {HALF}" in out
+    stopped = json.loads((again / "unfinished.json").read_text())
+    assert HALF + 2 <= stopped["step"] < STEPS
+    assert stopped == {"step": stopped["step"], "steps": STEPS, "signal": "SIGUSR1"}
+    line = f"stopped at step {stopped['step']} of {STEPS} by SIGUSR1"
+    assert f"{line}, checkpoint {again}/checkpoints/step_{stopped['step']:06d}; go on with --resume" in out
+    assert line in (again / "card.md").read_text()
+    assert not (again / "hf").exists()
+    kept = {f"step_{HALF:06d}", f"step_{stopped['step']:06d}", f"damaged_{broken.name}"}
+    assert {path.name for path in (again / "checkpoints").iterdir()} == kept
+
+    done = klrl("train", *arguments, "--run-dir", again)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"at step {HALF}" in done.stdout
+    assert f"at step {stopped['step']}" in done.stdout
+    assert not (again / "unfinished.json").exists()
     assert reproducible(Trained(again, "").metrics()) == reproducible(trained.metrics())
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from megatron.core import tensor_parallel
@@ -151,3 +152,19 @@ def test_compat_does_nothing_where_cuda_is_available(monkeypatch: pytest.MonkeyP
     before = torch.cuda.current_device
     assert compat.run_on_cpu() is False
     assert torch.cuda.current_device is before
+
+
+def children_after_save(folder: Path, to: Path, upstream: str) -> int:
+    if upstream == "as it is":
+        checkpoint.write_in_this_process = lambda: None
+    save_after_some_steps(folder, to, {})
+    return len(psutil.Process().children())
+
+
+def test_a_save_starts_no_process(folder: Path, tmp_path: Path) -> None:
+    """Without the workaround there is one, which signals to the process group end."""
+    for name in ("mended", "as it is"):
+        (tmp_path / name).mkdir()
+    assert run_ranks(1, children_after_save, folder, tmp_path / "mended", "mended") == [0]
+    (upstream,) = run_ranks(1, children_after_save, folder, tmp_path / "as it is", "as it is")
+    assert upstream > 0, "upstream starts none any more: write_in_this_process can go"

@@ -96,6 +96,19 @@ def test_a_replayed_step(tmp_path: Path) -> None:
     run_ranks(1, _check_steps, str(tmp_path))
 
 
+def _check_phases(folder: str) -> None:
+    with join_ranks(rank=0, ranks=1, meeting=f"{folder}/meeting", device="cpu"):
+        case = step.step_full().quick_cases[0]
+        for contestant in case.contestants:
+            assert problem(contestant, case, dict(case.parameters)) == "", contestant.name
+            groups.destroy()
+
+
+@pytest.mark.slow
+def test_the_phases_of_a_step(tmp_path: Path) -> None:
+    run_ranks(1, _check_phases, str(tmp_path))
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_megatron_answer_without_restored_logits_would_be_noticed() -> None:
     """It writes over its inputs: the second answer is right only if they are made whole before."""

@@ -1,11 +1,16 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from megatron_klrl.cli.rank import RankPlace, rank_place
-from megatron_klrl.cli.run_dir import choose_run_dir
+from megatron_klrl.cli.run_dir import choose_run_dir, prepare_run_dir
+from megatron_klrl.config.load import load_recipe
 from megatron_klrl.errors import UserError
+from megatron_klrl.launch.failure import Failure, write_failure
+from megatron_klrl.runtime.stop import write_unfinished
+from tests.unit.config.folders import make_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +48,33 @@ def test_resume_takes_the_newest_run_of_this_recipe() -> None:
     make_run("tiny-long-20260103-000000", 1)
     (Path("runs") / "tiny-20270101-000000").mkdir()
     assert choose_run_dir("tiny", None, resume=True, place=None) == newest
+
+
+def test_a_run_to_resume_exists_unless_a_machine_repeats_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = Path("missing")
+    with pytest.raises(UserError, match="missing holds no run to resume"):
+        choose_run_dir("tiny", missing, resume=True, place=None)
+    assert choose_run_dir("tiny", missing, resume=True, place=place(1)) == missing, "only one rank may look"
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.setenv(name, "0")
+        with pytest.raises(UserError, match="missing holds no run to resume"):
+            choose_run_dir("tiny", missing, resume=True, place=place(0))
+        monkeypatch.setenv(name, "1")
+        assert choose_run_dir("tiny", missing, resume=True, place=place(0)) == missing
+        assert "missing holds no run yet; this start begins one" in capsys.readouterr().err
+        monkeypatch.delenv(name)
+
+
+def test_what_an_earlier_start_said_of_its_end_goes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = load_recipe(make_recipe(tmp_path))
+    prepare_run_dir(run, recipe, resume=False)
+    write_failure(run, Failure(kind="work", rank=0, message="old"))
+    write_unfinished(run, step=1, steps=2, number=signal.SIGTERM)
+    prepare_run_dir(run, recipe, resume=True)
+    assert [entry.name for entry in run.iterdir()] == ["config.yaml"]
 
 
 def test_ranks_of_one_torchrun_agree_on_a_name() -> None:

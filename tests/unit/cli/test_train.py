@@ -25,6 +25,11 @@ def noted(notes: Path, name: str) -> dict[str, object]:
         (["model.path=/nope"], "model.path: there is no folder /nope. Fix: "),
         (["model.path=embedded:nope"], "embedded:arithmetic"),
         (["data.train={task: jsonl, path: nope.jsonl}"], "data.train.path: there is no file nope.jsonl. Fix: "),
+        (["checkpoint.keep_best=reward/mean"], "checkpoint.keep_best: is reward/mean, but without checkpoint.keep"),
+        (
+            ["checkpoint.keep=1", "checkpoint.keep_best=reward"],
+            "keep_best: there is no metric reward. Fix: ",
+        ),
         (["generation.max_tokens=60"], "generation.max_tokens: 60 response tokens"),
         (["steps"], "write key=value"),
         (["--json"], "--json: goes with --dry-run only. Fix: "),

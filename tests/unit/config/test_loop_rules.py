@@ -48,6 +48,9 @@ def load(tmp_path: Path, *overrides: str) -> Recipe:
         (["reference.reset_every=2", "reference.ema=0.9"], "reference.ema", "both set"),
         (["reference.reset_every=2", "optimum.prompts=1"], "optimum.prompts", "fixed beta"),
         (["reference.path=/nope"], "reference.path", "there is no folder /nope"),
+        (["checkpoint.keep_best=reward/mean"], "checkpoint.keep_best", "all checkpoints stay"),
+        (["checkpoint.keep=1", "checkpoint.keep_best=eval/other/accuracy"], "checkpoint.keep_best", "eval/id/accuracy"),
+        (["checkpoint.keep=1", "checkpoint.keep_best=eval/id/stderr"], "checkpoint.keep_best", "is not measured"),
     ],
 )
 def test_rules_name_field_and_fix(tmp_path: Path, overrides: list[str], field: str, expected: str) -> None:
@@ -78,6 +81,14 @@ def test_a_ratio_that_is_always_one_is_said(tmp_path: Path) -> None:
     for remedy in ("algorithm.ratio_to=rollout", "mismatch.correction=token_truncate"):
         warned = validate(load(tmp_path, *STALE, surrogate, remedy), 1)
         assert not any(text.startswith("algorithm.ratio_to") for text in warned)
+
+
+def test_checkpoints_without_an_evaluation_of_their_own_are_said_to_be_none_of_the_best(tmp_path: Path) -> None:
+    best = ("checkpoint.keep=1", "checkpoint.keep_best=eval/id/accuracy", "loop.checkpoint_every=4")
+    for every, count in ((0, 1), (3, 1), (4, 0), (2, 0)):
+        warned = validate(load(tmp_path, *best, f"loop.eval_every={every}"), 1)
+        assert len([text for text in warned if text.startswith("checkpoint.keep_best: ")]) == count, every
+    assert validate(load(tmp_path, "checkpoint.keep=1", "checkpoint.keep_best=reward/mean"), 1) == []
 
 
 def test_the_run_says_what_it_pursues(tmp_path: Path) -> None:

@@ -12,7 +12,12 @@ import pytest
 
 from megatron_klrl.launch.failure import Failure, read_failure, write_failure
 from megatron_klrl.launch.local import run_ranks
+from megatron_klrl.runtime.stop import STOPS
 
+LISTEN = """
+from megatron_klrl.runtime.stop import listen
+request = listen(has_launcher=True)
+"""
 FAIL = """
 from pathlib import Path
 from megatron_klrl.launch.failure import Failure, write_failure
@@ -21,11 +26,13 @@ def fail(kind, message):
 """
 
 
-def start(run_dir: Path, body: str, *, ranks: int = 2, grace_s: float = 5.0) -> tuple[int, list[str]]:
+def start(
+    run_dir: Path, body: str, *, ranks: int = 2, grace_s: float = 5.0, stops: tuple[signal.Signals, ...] = ()
+) -> tuple[int, list[str]]:
     program = "import os, sys, time, signal\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(body)
     messages: list[str] = []
     command = (sys.executable, "-c", program)
-    code = run_ranks(["a", "b"], ranks, run_dir, command=command, grace_s=grace_s, report=messages.append)
+    code = run_ranks(["a", "b"], ranks, run_dir, command=command, grace_s=grace_s, stops=stops, report=messages.append)
     return code, messages
 
 
@@ -140,20 +147,51 @@ def test_an_error_file_that_is_none_is_ignored(tmp_path: Path, text: str) -> Non
     assert read_failure(tmp_path) is None
 
 
+def test_a_death_and_what_the_others_say_of_it_are_one_message(tmp_path: Path) -> None:
+    body = (
+        FAIL
+        + """
+from megatron_klrl.runtime.place import Places, place_file
+with Places(place_file(Path(os.environ["KLRL_RUN_DIR"]), rank)).within("step 3, train"):
+    if rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    fail("work", "rank 0, step 3, train: RuntimeError: connection closed")
+    sys.exit(1)
+"""
+    )
+    code, messages = start(tmp_path, body, stops=STOPS)
+    assert code == 1
+    (message,) = messages
+    assert message == (
+        "rank 1 was killed by SIGKILL (often the machine is out of memory), in step 3, train "
+        f"(its log: {tmp_path}/logs/rank1.txt). Then rank 0, step 3, train: RuntimeError: connection closed"
+    )
+
+
+def test_ranks_that_take_sigterm_as_a_request_are_killed_when_another_fails(tmp_path: Path) -> None:
+    body = LISTEN + "if rank == 1: sys.exit(3)\ntime.sleep(60)"
+    began = time.monotonic()
+    code, _ = start(tmp_path, body, grace_s=60, stops=STOPS)
+    assert code == 3
+    assert time.monotonic() - began < 15
+
+
 PARENT = """
 import sys
 from pathlib import Path
 from megatron_klrl.launch.local import run_ranks
-sys.exit(run_ranks([], 2, Path(sys.argv[1]), command=(sys.executable, "-c", sys.argv[2]), grace_s=float(sys.argv[3])))
+from megatron_klrl.runtime.stop import STOPS
+command, stops = (sys.executable, "-c", sys.argv[2]), STOPS if sys.argv[4] == "stops" else ()
+sys.exit(run_ranks([], 2, Path(sys.argv[1]), command=command, grace_s=float(sys.argv[3]), stops=stops))
 """
 # A rank says that it is ready by a file, so that no test waits for a time that may be too short.
 READY = "import os, sys, time, signal\nrun = os.environ['KLRL_RUN_DIR']\nrank = os.environ['RANK']\n"
 SAY = "open(f'{run}/ready{rank}', 'w').close()\n"
 
 
-def start_parent(run_dir: Path, body: str, *, grace_s: float = 5.0) -> subprocess.Popen[str]:
+def start_parent(run_dir: Path, body: str, *, grace_s: float = 5.0, stops: str = "no stops") -> subprocess.Popen[str]:
     program = READY + textwrap.dedent(body)
-    arguments = [sys.executable, "-c", PARENT, str(run_dir), program, str(grace_s)]
+    arguments = [sys.executable, "-c", PARENT, str(run_dir), program, str(grace_s), stops]
     parent = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     wait_for(run_dir / "ready0")
     wait_for(run_dir / "ready1")
@@ -200,6 +238,46 @@ def test_a_second_signal_ends_ranks_that_ignore_it(tmp_path: Path) -> None:
     parent.send_signal(signal.SIGINT)
     _, err = parent.communicate(timeout=30)
     assert (parent.returncode, err) == (130, "stopped by SIGINT\n")
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_request_to_stop_waits_for_a_rank_that_does_not_listen_yet(tmp_path: Path, number: signal.Signals) -> None:
+    """And what the rank started does not hear of it."""
+    body = f"""
+    import subprocess
+    {SAY}
+    while not os.path.exists(f"{{run}}/sent"): time.sleep(0.01)
+    from megatron_klrl.runtime.stop import listen
+    request = listen(has_launcher=True)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    while not os.path.exists(f"{{run}}/again"): time.sleep(0.01)
+    while len(seen) < 1: seen.append(request.number)
+    time.sleep(0.3)
+    sys.exit(0 if request.number == {number.value} and child.poll() is None else 1)
+    """.replace("import subprocess\n", "import subprocess\n    seen = []\n")
+    parent = start_parent(tmp_path, body, stops="stops")
+    parent.send_signal(number)
+    time.sleep(0.3)  # the parent forwards within a twentieth of a second
+    (tmp_path / "sent").touch()
+    time.sleep(0.3)
+    if number == signal.SIGUSR1:  # a second SIGTERM would be a hard stop
+        parent.send_signal(number)
+    (tmp_path / "again").touch()
+    assert parent.communicate(timeout=30) == (None, "")
+    assert parent.returncode == 0
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_ranks_that_do_not_stop(tmp_path: Path, second: signal.Signals) -> None:
+    body = f"{LISTEN}signal.signal(signal.SIGINT, signal.SIG_IGN)\n{SAY}time.sleep(60)"
+    parent = start_parent(tmp_path, body, grace_s=0.3, stops="stops")
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+        parent.send_signal(number)
+        time.sleep(0.3)
+    assert parent.poll() is None
+    parent.send_signal(second)
+    _, err = parent.communicate(timeout=30)
+    assert (parent.returncode, err) == (128 + signal.SIGUSR1, "stopped by SIGUSR1\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")

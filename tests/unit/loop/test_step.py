@@ -162,5 +162,5 @@ def test_the_entropy_bonus_raises_the_entropy(load: Callable[..., Recipe]) -> No
 def test_what_is_not_finite_stops_the_run(load: Callable[..., Recipe]) -> None:
     trainer = new_trainer()
     trainer.drift = float("nan")
-    with pytest.raises(WorkError, match=r"policy/loss.* not finite at optimizer step 1"):
+    with pytest.raises(WorkError, match=r"not finite in update 1: .*policy/loss is nan.*given to the engine"):
         run(load("kl.beta=0"), trainer)

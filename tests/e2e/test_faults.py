@@ -1,0 +1,116 @@
+"""What users and machines do to a run in the middle, done to real runs: what they see, what is kept, how it goes on."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.live import LiveRun
+from tests.e2e.test_train import RECIPE, klrl
+
+SETTINGS = [
+    "loop.steps=500",
+    "loop.checkpoint_every=2",
+    "loop.eval_every=0",
+    "loop.split_gradient_every=0",
+    "checkpoint.keep=2",
+    "data.eval={}",
+    "optimum.prompts=0",
+]
+
+pytestmark = pytest.mark.e2e
+
+
+@contextmanager
+def live(folder: Path, *settings: str, launcher: tuple[str, ...] = ()) -> Iterator[LiveRun]:
+    run = LiveRun(folder, RECIPE, *SETTINGS, *settings, launcher=launcher)
+    try:
+        yield run
+    finally:
+        run.kill()
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").iterdir())
+
+
+def marker(folder: Path) -> dict[str, object]:
+    return dict(json.loads((folder / "unfinished.json").read_text()))
+
+
+def test_a_rank_that_stands_still_ends_the_run_with_stacks(tmp_path: Path) -> None:
+    with live(tmp_path / "run", "loop.step_timeout_s=8") as run:
+        run.wait_for_step(3)
+        run.rank(1).send_signal(signal.SIGSTOP)
+        code, _, err = run.end()
+    assert code == 1
+    (line,) = err.splitlines()
+    assert "took longer than loop.step_timeout_s = 8 s; stacks of all threads are in" in line
+    assert "rank 0 in step " in line
+    assert line.endswith("rank 1 wrote none: stopped, or gone with its machine")
+    stacks = (tmp_path / "run" / "stacks" / "rank0.txt").read_text()
+    assert "Thread 0x" in stacks
+    assert "run.py" in stacks
+    assert all(step % 2 == 0 for step in checkpoints(tmp_path / "run"))
+    assert not (tmp_path / "run" / "unfinished.json").exists()
+
+
+@pytest.mark.long
+def test_a_killed_rank_is_named_with_its_phase_and_the_run_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with live(folder) as run:
+        run.wait_for_step(3)
+        run.rank(1).kill()
+        code, _, err = run.end()
+    assert code in (1, 128 + signal.SIGKILL), "1 where the other rank could still say what it saw"
+    first = err.splitlines()[0]
+    assert first.startswith("klrl: rank 1 was killed by SIGKILL (often the machine is out of memory)")
+    assert ", in step " in first or ", its log" in first
+    saved = checkpoints(folder)
+    assert saved
+    assert saved[-1] >= 2
+    with live(folder, "--resume") as run:
+        run.wait_for_step(saved[-1] + 3)
+        run.process.send_signal(signal.SIGTERM)
+        code, out, err = run.end()
+    assert code == 0, out + err
+    assert f"at step {saved[-1]}" in out
+    assert marker(folder)["signal"] == "SIGTERM"
+    assert len(checkpoints(folder)) == 3, "the two newest, and the one that was resumed from"
+
+
+@pytest.mark.long
+def test_a_run_that_diverges_says_where_and_saves_nothing_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = klrl("train", RECIPE, *SETTINGS, "optimizer.lr=1e37", "optimizer.warmup_steps=0", "--run-dir", folder)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "finite" in line
+    assert ", step " in line
+    assert not (folder / "checkpoints").exists() or all(step < 3 for step in checkpoints(folder))
+    metrics = (folder / "metrics.jsonl").read_text()
+    assert "NaN" not in metrics
+    assert "Infinity" not in metrics
+
+
+@pytest.mark.long
+def test_under_torchrun_one_signal_to_one_rank_stops_all_with_code_0(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    with live(folder, launcher=torchrun) as run:
+        run.wait_for_step(1)
+        rank = run.rank(1)
+        rank.send_signal(signal.SIGUSR1)
+        rank.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        run.rank(0).send_signal(signal.SIGUSR1)
+        code, out, err = run.end()
+    assert code == 0, out + err
+    found = marker(folder)
+    assert (found["steps"], found["signal"]) == (500, "SIGTERM")
+    assert checkpoints(folder)[-1] == found["step"] == run.last_step()
+    assert f"stopped at step {found['step']} of 500 by SIGTERM, checkpoint " in out
