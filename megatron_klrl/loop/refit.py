@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatron_klrl.config.recipe import Dtype, Recipe
-from megatron_klrl.errors import WorkError
+from megatron_klrl.errors import DivergenceError, WorkError
 from megatron_klrl.generation.engine import Completion, Memory, Request, Sampling
 from megatron_klrl.generation.refit import RefitReport
 from megatron_klrl.loop.parts import Parts
@@ -71,7 +71,7 @@ def refit(parts: Parts, *, version: int, verify: bool) -> dict[str, float]:
             raise WorkError(f"weight update {version} did not arrive as it was sent: {wrong}")
         found = agreement(parts, sampled(parts, purpose="verify", version=version))
         if not math.isfinite(found.largest):
-            raise WorkError(
+            raise DivergenceError(
                 f"after weight update {version} log-probabilities are not finite, though its weights are: training has "
                 "run away. Nothing of this step was saved; --resume with a smaller optimizer.lr"
             )
