@@ -78,7 +78,7 @@ def run_as_rank(work: Callable[[], None], *, place: RankPlace, run_dir: Path | N
         if traceback:
             sys.stderr.write(tracebacks.format_exc())
         kind = kind_of(error)
-        message = described(error, rank=place.rank) if kind == "work" else str(error)
+        message = str(error) if kind == "user" else described(error, rank=place.rank)
         _fail(Failure(kind=kind, rank=place.rank, message=message), place, run_dir)
     except Exception as error:  # noqa: BLE001 - the boundary of the rank: whatever it is, the parent must hear of it
         where = _keep_traceback(place, in_terminal=traceback)
