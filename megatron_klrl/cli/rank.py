@@ -78,14 +78,25 @@ def run_as_rank(work: Callable[[], None], *, place: RankPlace, run_dir: Path | N
         if traceback:
             sys.stderr.write(tracebacks.format_exc())
         kind = kind_of(error)
-        message = described(error, rank=place.rank) if kind == "work" else str(error)
+        message = str(error) if kind == "user" else described(error, rank=place.rank)
         _fail(Failure(kind=kind, rank=place.rank, message=message), place, run_dir)
     except Exception as error:  # noqa: BLE001 - the boundary of the rank: whatever it is, the parent must hear of it
-        sys.stderr.write(tracebacks.format_exc())
-        where = f" (traceback in {log_file(run_dir, place.rank)})" if run_dir and place.rank and place.run_dir else ""
+        where = _keep_traceback(place, in_terminal=traceback)
         at = ", ".join(part for part in (f"rank {place.rank}", place_of(error)) if part)
         message = f"{at}: {type(error).__name__}: {error}{where}"
         _fail(Failure(kind="work", rank=place.rank, message=message), place, run_dir)
+
+
+def _keep_traceback(place: RankPlace, *, in_terminal: bool) -> str:
+    """Into the rank's log under our launcher, whose one message names it; else onto standard error."""
+    text = tracebacks.format_exc()
+    if place.run_dir is None or in_terminal:
+        sys.stderr.write(text)
+        return ""
+    log = log_file(place.run_dir, place.rank)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(text)
+    return f" (traceback in {log})"
 
 
 def _fail(failure: Failure, place: RankPlace, run_dir: Path | None) -> None:

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from megatron_klrl.config.fields import Positive, Section, Text
+from megatron_klrl.config.fields import Flag, Positive, Section, Text
 
 
 class Fallback(StrEnum):
@@ -20,5 +20,7 @@ class CheckpointSection(Section):
     keep_best: Text | None = None
     """Metric by whose highest value one more stays, such as eval/<name>/accuracy or reward/mean; a checkpoint counts
     with what was measured in its own step. Needs keep."""
+    asynchronous: Flag = False
+    """Files are written while the next steps train, from a copy of model and optimizer in host memory."""
     fallback: Fallback = Fallback.NONE
     """--resume where the newest checkpoint is damaged: none refuses, previous takes the newest one that is whole."""

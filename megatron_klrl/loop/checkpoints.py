@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron_klrl.config.checkpoint import CheckpointSection, Fallback
 from megatron_klrl.errors import UserError, WorkError
 from megatron_klrl.loop import manifest
 from megatron_klrl.loop.manifest import Measured
+from megatron_klrl.loop.parts import Writing
 
 _STATE, _RECIPE = "state.json", "recipe.yaml"
 _WRITING, _DELETING, _DAMAGED = ".writing_", ".deleting_", "damaged_"
@@ -46,6 +48,21 @@ class RunState:
     reference_rates: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Begun:
+    """A checkpoint that is being written.
+
+    Attributes:
+        step: of its state.
+        under_way: what it waits for.
+        measured: what it is compared by.
+    """
+
+    step: int
+    under_way: tuple[Writing, ...]
+    measured: Measured | None
+
+
 class Checkpoints:
     """The checkpoints of one run, below one folder.
 
@@ -59,6 +76,7 @@ class Checkpoints:
     def __init__(self, root: Path, rules: CheckpointSection) -> None:
         self._root, self._rules = root, rules
         self.resumed: Path | None = None
+        self._begun: _Begun | None = None
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of a step lies, if there is one."""
@@ -100,61 +118,78 @@ class Checkpoints:
             raise UserError(f"every checkpoint in {self._root} is damaged", field="--resume", fix=fix)
         return None
 
-    def save(
+    def begin(
         self,
         state: RunState,
         recipe_text: str,
-        write_tensors: Callable[[Path], None],
+        write_tensors: Callable[[Path], Sequence[Writing]],
         *,
         values: Mapping[str, float],
     ) -> None:
-        """Write a checkpoint, then delete those that the recipe does not keep; collective.
+        """Begin a checkpoint, after the end of the one before; collective. ``finish`` makes it one.
 
         Args:
             state: to store.
             recipe_text: resolved recipe, so that a checkpoint can be exported by itself.
-            write_tensors: writes everything else into an existing, empty folder; collective.
+            write_tensors: writes everything else into an existing, empty folder; collective. What it returns may still
+                be under way.
             values: metrics of the state's step, among them what ``checkpoint.keep_best`` compares.
+
+        Raises:
+            WorkError: it, or the one before, could not be written; those before it are as they were.
+        """
+        self.finish()
+        partial = self._root / f"{_WRITING}{state.step:06d}"
+        with self._reported(state.step):
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            dist.barrier()
+            under_way = write_tensors(partial)
+            if dist.get_rank() == 0:
+                (partial / _RECIPE).write_text(recipe_text)
+                (partial / _STATE).write_text(json.dumps(asdict(state)))
+        metric = self._rules.keep_best
+        found = Measured(metric=metric, value=values[metric]) if metric is not None and metric in values else None
+        self._begun = _Begun(step=state.step, under_way=tuple(under_way), measured=found)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether ``finish`` has something to do and nothing to wait for on this rank."""
+        return self._begun is not None and all(each.is_written for each in self._begun.under_way)
+
+    def finish(self) -> None:
+        """Complete what was begun, then delete what the recipe does not keep; nothing if there is none. Collective.
 
         Raises:
             WorkError: it could not be written; those before it are as they were.
         """
-        final, partial = self.folder(state.step), self._root / f"{_WRITING}{state.step:06d}"
-        try:
-            self._write(partial, state, recipe_text, write_tensors, values)
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        final, partial = self.folder(begun.step), self._root / f"{_WRITING}{begun.step:06d}"
+        with self._reported(begun.step):
+            for each in begun.under_way:
+                each.finish()
+            dist.barrier()
+            manifest.write(partial, begun.measured)
             if dist.get_rank() == 0:
                 _delete(final)
                 partial.rename(final)
                 self._prune()
-        except OSError as error:
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise WorkError(
-                f"the checkpoint of step {state.step} could not be written to {self._root} ({error}); "
-                f"{_free(self._root)}. Earlier checkpoints are whole: make room, then --resume"
-            ) from error
         dist.barrier()
 
-    def _write(
-        self,
-        partial: Path,
-        state: RunState,
-        recipe_text: str,
-        write_tensors: Callable[[Path], None],
-        values: Mapping[str, float],
-    ) -> None:
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        write_tensors(partial)
-        if dist.get_rank() == 0:
-            (partial / _RECIPE).write_text(recipe_text)
-            (partial / _STATE).write_text(json.dumps(asdict(state)))
-        dist.barrier()
-        metric = self._rules.keep_best
-        known = metric is not None and metric in values
-        manifest.write(partial, Measured(metric=metric, value=values[metric]) if metric and known else None)
+    @contextmanager
+    def _reported(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(self._root / f"{_WRITING}{step:06d}", ignore_errors=True)
+            raise WorkError(
+                f"the checkpoint of step {step} could not be written to {self._root} ({error}); {_free(self._root)}. "
+                "Earlier checkpoints are whole: make room, then --resume"
+            ) from error
 
     def _folders(self) -> list[Path]:
         return sorted(folder for folder in self._root.glob("step_*") if folder.is_dir())

@@ -44,6 +44,16 @@ class Split(LossReport, Protocol):
     def cosine(self) -> float: ...
 
 
+class Writing(Protocol):
+    """A save under way."""
+
+    @property
+    def is_written(self) -> bool: ...
+    def finish(self) -> None:
+        """Wait, and write what comes last; collective. OSError where it could not be written."""
+        ...
+
+
 class TrainEngine(Protocol):
     """Scores batches, takes gradients, steps, streams weights. Every method is collective over all ranks."""
 
@@ -115,6 +125,10 @@ class TrainEngine(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer."""
+        ...
+
+    def begin_save(self, folder: Path) -> Writing:
+        """The same from a copy, while training goes on."""
         ...
 
     def load(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ from megatron_klrl.loop.buffer import RolloutBuffer
 from megatron_klrl.loop.checkpoints import REFERENCE, WAITING, Checkpoints, RunState, read_state
 from megatron_klrl.loop.evaluation import evaluate
 from megatron_klrl.loop.export import write_hf_folder
-from megatron_klrl.loop.parts import Parts
+from megatron_klrl.loop.parts import Parts, Writing
 from megatron_klrl.loop.producer import Producer
 from megatron_klrl.loop.record import RunRecord, point_text
 from megatron_klrl.loop.refit import due, refit
@@ -126,6 +126,7 @@ class Run:
                 asked = self._train_steps()
             if asked and self._saved < self.state.step:
                 self.checkpoint({})
+            self._finish_checkpoint()
         return asked
 
     def _train_steps(self) -> int:
@@ -153,10 +154,21 @@ class Run:
             self.checkpoint(values | found)
 
     def _asked_to_stop(self) -> int:
-        """The signal by which any rank was asked to; 0 if none was. Collective: signals reach some ranks, some time."""
-        number = torch.tensor([self._ends.stop.number], dtype=torch.int64)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
+        """The signal by which any rank was asked to; 0 if none was. Collective: signals reach some ranks, some time.
+
+        A checkpoint whose files all ranks have written meanwhile is completed.
+        """
+        number, not_written = self._ends.stop.number, int(not self._checkpoints.is_written)
+        found = torch.tensor([number, not_written], dtype=torch.int64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        if not found[1]:
+            self._finish_checkpoint()
+        return int(found[0])
+
+    def _finish_checkpoint(self) -> None:
+        self._bound.begin("the end of a checkpoint")
+        with self.parts.timers.places.within("checkpoint"):
+            self._checkpoints.finish()
 
     def _start(self) -> None:
         """Evaluation of the untouched model, and the reference samples of the optimum report."""
@@ -223,7 +235,10 @@ class Run:
         with self.parts.timers.places.within("checkpoint"):
             if self.state.reference_step:
                 self.state = replace(self.state, reference_checksum=reference.checksum(self.parts))
-            self._checkpoints.save(self.state, dump_recipe(self.parts.recipe), self._write_tensors, values=values)
+            recipe = self.parts.recipe
+            self._checkpoints.begin(self.state, dump_recipe(recipe), self._write_tensors, values=values)
+            if not recipe.checkpoint.asynchronous:
+                self._checkpoints.finish()
             self._saved = self.state.step
             self._offload()
 
@@ -232,8 +247,12 @@ class Run:
         if self.parts.recipe.memory.offload_while_generating:
             self.parts.trainer.offload()
 
-    def _write_tensors(self, folder: Path) -> None:
-        self.parts.trainer.save(folder)
+    def _write_tensors(self, folder: Path) -> list[Writing]:
+        under_way = []
+        if self.parts.recipe.checkpoint.asynchronous:
+            under_way.append(self.parts.trainer.begin_save(folder))
+        else:
+            self.parts.trainer.save(folder)
         if self.state.reference_step:
             within = folder / REFERENCE
             if self.parts.world.is_main:
@@ -242,6 +261,7 @@ class Run:
             self.parts.trainer.save_reference(within)
         if self.parts.world.is_main and self._buffer.waiting:
             rollout_file.write(folder / WAITING, self._buffer.waiting)
+        return under_way
 
     def leave_unfinished(self, asked: int) -> None:
         """Say, in a file, on the card and to the user, that the run stopped in good order before its end.

@@ -9,15 +9,11 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_klrl.errors import UserError
-from megatron_klrl.mcore.compat import (
-    keep_bucket_padding,
-    torch_adam_finish_load,
-    torch_adam_prepare_load,
-    write_in_this_process,
-)
+from megatron_klrl.mcore.compat import keep_bucket_padding, torch_adam_finish_load, torch_adam_prepare_load
 from megatron_klrl.mcore.data_only import NotDataError, data_only, read_index
 from megatron_klrl.mcore.groups import ProcessGroups
 from megatron_klrl.mcore.model import unwrap
+from megatron_klrl.mcore.writing import Writing, causes, write
 
 _APART = 1
 """Key of the experts' optimizer state, which Megatron keeps apart where experts are split over ranks."""
@@ -29,7 +25,12 @@ def save(folder: Path, chunks: Sequence[Any], optimizer: Any, *, groups: Process
     Raises:
         OSError: a rank could not write its part; on every rank.
     """
-    _write(folder, _sharded(chunks, optimizer, groups, is_loading=False))
+    write(folder, _sharded(chunks, optimizer, groups, is_loading=False))
+
+
+def begin_save(folder: Path, chunks: Sequence[Any], optimizer: Any, *, groups: ProcessGroups) -> Writing:
+    """The same from copies, while the caller goes on; collective."""
+    return Writing(folder, _sharded(chunks, optimizer, groups, is_loading=False))
 
 
 def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, groups: ProcessGroups) -> None:
@@ -59,7 +60,7 @@ def save_model(folder: Path, chunks: Sequence[Any], *, groups: ProcessGroups) ->
     Raises:
         OSError: as for ``save``.
     """
-    _write(folder, _sharded_chunks(chunks, groups))
+    write(folder, _sharded_chunks(chunks, groups))
 
 
 def load_model(folder: Path, chunks: Sequence[Any], *, groups: ProcessGroups) -> None:
@@ -72,14 +73,6 @@ def _fill(chunks: Sequence[Any], loaded: dict[str, Any]) -> None:
         unwrap(chunk).load_state_dict(loaded[name])
 
 
-def _write(folder: Path, state: dict[str, Any]) -> None:
-    write_in_this_process()
-    try:
-        dist_checkpointing.save(state, str(folder))
-    except CheckpointException as error:  # no Exception, so nothing further out would report it
-        raise OSError(_causes(error) or "another rank has the reason") from error
-
-
 def _read(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     if not (folder / "metadata.json").exists():
         raise UserError(f"{folder} is not a checkpoint", field="checkpoint", fix="name a step_* folder of a run")
@@ -88,7 +81,7 @@ def _read(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         with data_only():
             loaded: Any = dist_checkpointing.load(wanted, str(folder))
     except CheckpointException as error:
-        raise _unusable(folder, _causes(error)) from error
+        raise _unusable(folder, causes(error)) from error
     except (
         dist_checkpointing.core.CheckpointingException,
         NotDataError,
@@ -104,10 +97,6 @@ def _unusable(folder: Path, why: str) -> UserError:
     first = why.split("\n", 1)[0]
     fix = "use a complete checkpoint of the same model"
     return UserError(f"{folder} does not load: {first}", field="checkpoint", fix=fix)
-
-
-def _causes(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items())
 
 
 def _named(chunks: Sequence[Any]) -> list[tuple[str, Any]]:

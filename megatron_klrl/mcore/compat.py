@@ -173,8 +173,7 @@ def write_in_this_process() -> None:
     Can go when ``tests/mcore/test_compat.py::test_a_save_starts_no_process`` passes without this call.
     """
     module: Any = filesystem_async
-    if not isinstance(module._results_queue, queue.Queue):
-        module._results_queue = queue.Queue()
+    module._results_queue = queue.Queue()  # of the next save alone: two may be under way
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:

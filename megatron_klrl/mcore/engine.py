@@ -23,6 +23,7 @@ from megatron_klrl.mcore.optimizer import OptimizerSettings
 from megatron_klrl.mcore.passes import AtHead, Mode
 from megatron_klrl.mcore.reference import Reference
 from megatron_klrl.mcore.streams import Streams, SyncSettings
+from megatron_klrl.mcore.writing import Writing
 from megatron_klrl.runtime.world import World
 from megatron_klrl.vocab_parallel.head import ReferenceHead
 from megatron_klrl.vocab_parallel.shard import VocabShard
@@ -337,6 +338,11 @@ class MegatronEngine:
         """Write model and optimizer to an existing, empty folder."""
         self._offload.move_back()
         checkpoint.save(folder, self.chunks, self.optimizer, groups=self.groups)
+
+    def begin_save(self, folder: Path) -> Writing:
+        """Copy model and optimizer to host memory and write them from there, while training goes on."""
+        self._offload.move_back()
+        return checkpoint.begin_save(folder, self.chunks, self.optimizer, groups=self.groups)
 
     def load(self, folder: Path) -> None:
         """Read model and optimizer back, whatever layout wrote them."""

@@ -16,13 +16,14 @@ from megatron_klrl.config.checkpoint import CheckpointSection, Fallback
 from megatron_klrl.errors import UserError, WorkError
 from megatron_klrl.loop import checkpoints
 from megatron_klrl.loop.checkpoints import Checkpoints, RunState
+from megatron_klrl.loop.parts import Writing
 from megatron_klrl.runtime import world as ranks
 from tests.support.ranks import run_ranks
 
 BYTES = 1 << 20
 
 
-def write_tensors(folder: Path) -> None:
+def write_tensors(folder: Path) -> list[Writing]:
     """What each rank and each part of a checkpoint writes, one level down too."""
     rank = dist.get_rank()
     (folder / f"rank{rank}.distcp").write_bytes(bytes([rank]) * BYTES)
@@ -30,12 +31,14 @@ def write_tensors(folder: Path) -> None:
         (folder / "reference").mkdir()
         (folder / "reference" / ".metadata").write_bytes(b"index")
     dist.barrier()
+    return []
 
 
 def save(run: Checkpoints, *steps: int, values: dict[int, float] | None = None) -> None:
     for step in steps:
         measured = {"eval/id/accuracy": values[step]} if values and step in values else {}
-        run.save(RunState(step=step, weight_version=step), "model: {}\n", write_tensors, values=measured)
+        run.begin(RunState(step=step, weight_version=step), "model: {}\n", write_tensors, values=measured)
+        run.finish()
 
 
 def left(root: Path) -> list[str]:

@@ -26,6 +26,7 @@ SETTINGS = [
     "reference.reset_every=2",
     "mismatch.correction=prefix_truncate",
     "algorithm.dynamic_sampling_rounds=1",
+    "checkpoint.asynchronous=true",
 ]
 
 pytestmark = pytest.mark.e2e

@@ -123,11 +123,12 @@ def test_a_failing_rank_gives_one_message_and_its_code(tmp_path: Path, fate: str
     assert (done.returncode, done.stderr) == (code, expected)
 
 
-def test_a_bug_in_a_rank_is_code_1_and_leaves_its_traceback_in_the_log(tmp_path: Path) -> None:
-    done = klrl("train", RECIPE, "--run-dir", "out", cwd=tmp_path, notes=tmp_path / "notes", FATE="bug-1")
+@pytest.mark.parametrize(("rank", "log"), [(0, "out/log.txt"), (1, "out/logs/rank1.txt")])
+def test_a_bug_in_a_rank_is_code_1_and_leaves_its_traceback_in_the_log(tmp_path: Path, rank: int, log: str) -> None:
+    done = klrl("train", RECIPE, "--run-dir", "out", cwd=tmp_path, notes=tmp_path / "notes", FATE=f"bug-{rank}")
     assert done.returncode == 1
-    assert done.stderr == "klrl: rank 1: RuntimeError: broken (traceback in out/logs/rank1.txt)\n"
-    assert "Traceback" in (tmp_path / "out" / "logs" / "rank1.txt").read_text()
+    assert done.stderr == f"klrl: rank {rank}: RuntimeError: broken (traceback in {log})\n"
+    assert (tmp_path / log).read_text().count("Traceback") == 1
 
 
 @pytest.mark.parametrize(("fate", "code"), [("user-none", 2), ("work-none", 1)])
