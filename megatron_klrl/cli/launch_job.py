@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_klrl.cli.preparation import Preparation, prepare_elsewhere
 from megatron_klrl.cli.reporting import tell
-from megatron_klrl.cli.run_dir import choose_run_dir, prepare_run_dir
+from megatron_klrl.cli.run_dir import RUNS, choose_run_dir, prepare_run_dir
 from megatron_klrl.config.cluster import Cluster
 from megatron_klrl.config.describe import kl_text, layout_text
 from megatron_klrl.config.load import dump_recipe
@@ -103,7 +103,7 @@ def plan_launch(request: Request) -> Launch:
         warnings = [*preparation.warnings, *_across_nodes(preparation, cluster)]
     stem = request.recipe.stem
     name = f"{stem}-eval" if request.kind is Kind.EVAL else stem
-    run_dir = choose_run_dir(name, request.run_dir, resume=request.resume, place=None).absolute()
+    run_dir = _run_dir(request, name).absolute()
     sources = find_sources()
     warnings += _not_copied(sources)
     job = BatchJob(
@@ -154,7 +154,7 @@ def _check_options(request: Request) -> None:
         option = request.weights[0]
         raise UserError("says what to evaluate", field=option, fix=f"add --kind eval, or leave {option} away")
     if request.resume and request.kind is not Kind.TRAIN:
-        fix = "leave --resume away; a study goes on by itself where its folder is given with --run-dir"
+        fix = "leave --resume away; a study goes on by itself in its folder"
         raise UserError("continues a training", field="--resume", fix=fix)
     if study and request.overrides:
         problem = f"{request.overrides[0]!r} changes a recipe, and a study has many"
@@ -187,6 +187,14 @@ def _across_nodes(preparation: Preparation, cluster: Cluster) -> list[str]:
         for field, size in sizes.items()
         if size > here
     ]
+
+
+def _run_dir(request: Request, name: str) -> Path:
+    if request.kind is Kind.STUDY:
+        return (
+            request.run_dir or RUNS / name
+        )  # the folder that klrl study takes by itself: what is done there stays done
+    return choose_run_dir(name, request.run_dir, resume=request.resume, place=None)
 
 
 def _recipe_file(run_dir: Path, name: str) -> Path:

@@ -182,6 +182,21 @@ def test_an_evaluation_gets_absolute_weights(tmp_path: Path, cluster: Path) -> N
     assert "requeues=" not in script
 
 
+def test_a_study_is_checked_and_goes_on_in_its_folder(tmp_path: Path, cluster: Path) -> None:
+    """By the command that will run it: every cell."""
+    tour = ROOT / "examples" / "studies" / "tour_cpu.yaml"
+    arguments = ["--kind", "study", "--array", "4", "--cluster", cluster, "--dry-run"]
+    (tmp_path / "runs" / "tour_cpu" / "some-run").mkdir(parents=True)
+    done = klrl_here("launch", "slurm", tour, *arguments, cwd=tmp_path)
+    assert done.exit_code == 0, done.stderr
+    assert "#SBATCH --array=0-3\n" in done.stdout
+    assert f"--out {tmp_path / 'runs' / 'tour_cpu'} --shard" in done.stdout
+    wrong = klrl_here("launch", "slurm", tour.with_name("tour.yaml"), *arguments, cwd=tmp_path)
+    assert wrong.exit_code == 2
+    assert "did you mean" in wrong.stderr
+    assert len(wrong.stderr.splitlines()) == 1
+
+
 def test_help_shows_an_example(tmp_path: Path) -> None:
     done = klrl("launch", "slurm", "--help", cwd=tmp_path)
     assert "Example: klrl launch slurm recipe.yaml --cluster cluster.yaml" in done.stdout
