@@ -3,15 +3,14 @@
 The trainer is a stub that saves and listens as the real one does; the batch scripts are those that users get.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from megatron_klrl.config.cluster import Cluster
-from megatron_klrl.launch.batch_script import BatchJob, Kind, render_script
-from tests.cluster.conftest import SlurmCluster, StubJob
+from tests.cluster.conftest import ROOT, SlurmCluster, StubJob, stub_cluster
 
 pytestmark = pytest.mark.cluster
 
@@ -130,26 +129,14 @@ def test_a_second_launch_into_a_live_run_is_refused(stub_job: Submit) -> None:
 
 
 @pytest.mark.usefixtures("leaves_nothing")
-def test_shards_of_a_study_are_tasks_of_an_array(slurm: SlurmCluster, stub_venv: Path) -> None:
-    """`klrl study` is the stub here: each task gets its shard, and near the time limit only that one is requeued."""
-    folder = slurm.work / "study"
-    (folder / "slurm").mkdir(parents=True)
+def test_shards_of_a_study_are_tasks_of_an_array(slurm: SlurmCluster, stub_venv: Path, tmp_path: Path) -> None:
+    """`klrl study` on the nodes is the stub: each task gets its shard, and only the signalled one is requeued."""
+    folder, file = slurm.work / "study", tmp_path / "cluster.yaml"
+    folder.mkdir()
     (folder / "slow").touch()
-    cluster = Cluster(gpus_per_node=0, ranks_per_node=1, cpus_per_rank=1, requeues=1)
-    job = BatchJob(
-        kind=Kind.STUDY,
-        name="study",
-        cluster=cluster,
-        run_dir=folder,
-        work_dir=slurm.work,
-        code=None,
-        python=str(stub_venv / "bin" / "python"),
-        arguments=("study", "study.yaml", "--out", str(folder)),
-        array=3,
-    )
-    script = folder / "slurm" / "study.sbatch"
-    script.write_text(render_script(job))
-    array = slurm.run("sbatch", "--parsable", script).strip()
+    file.write_text(json.dumps({**stub_cluster(stub_venv, steps=0), "nodes": 1, "requeues": 1}))
+    arguments = ["--kind", "study", "--array", "3", "--cluster", file, "--run-dir", folder]
+    array = slurm.launch(ROOT / "examples" / "studies" / "tour_cpu.yaml", *arguments)
     notes = folder / "notes.txt"
     slurm.until(lambda: notes.exists() and notes.read_text().count("begins") == 3, "three shards at work")
     slurm.run("scancel", "--signal=USR1", "--batch", f"{array}_1")
