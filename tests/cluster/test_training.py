@@ -11,7 +11,7 @@ from tests.cluster.conftest import RECIPE, SlurmCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
-STEPS = 24
+STEPS = 16
 SETTINGS = [
     f"loop.steps={STEPS}",
     "loop.checkpoint_every=4",
@@ -41,8 +41,12 @@ class Training:
 
     def until_step(self, step: int) -> None:
         """Wait for a step."""
-        what = f"step {step} of {self.folder.name}"
-        self.slurm.until(lambda: any(row["step"] >= step for row in self.rows()), what, timeout_s=150)
+
+        def there() -> bool:
+            assert self.slurm.state_of(self.job_id) != "FAILED", self.slurm.logs()
+            return any(row["step"] >= step for row in self.rows())
+
+        self.slurm.until(there, f"step {step} of {self.folder.name}", timeout_s=150)
 
     def reproducible(self) -> list[dict[str, float]]:
         """Metrics that the same computation gives again."""
@@ -87,9 +91,9 @@ def test_a_killed_rank_and_a_requeue_change_no_number(
 ) -> None:
     """kill -9 of a rank: torchrun starts all again from the last checkpoint. USR1: saved, requeued, resumed."""
     training = launch(slurm, tmp_path, "interrupted", restarts=1)
-    training.until_step(6)
+    training.until_step(5)
     slurm.node("on", "node2", "pkill", "--signal", "KILL", "--full", RANK)
-    training.until_step(14)
+    training.until_step(9)
     assert slurm.job(training.job_id)["Restarts"] == "0", "torchrun did that on the same nodes"
     slurm.run("scancel", "--signal=USR1", "--batch", training.job_id)
     slurm.until(lambda: slurm.job(training.job_id)["Restarts"] == "1", "the requeue", timeout_s=60)

@@ -10,6 +10,9 @@ if [ "$start" -gt 0 ] || [ {{restarts}} -gt 0 ]; then resume=--resume; fi
 head=$SLURM_LAUNCH_NODE_IPADDR
 port=$((12000 + SLURM_JOB_ID % 20000))
 
+# A new store for every restart of torchrun: in the one that its agents share, new ranks find the addresses of dead ones.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # A signal to the step reaches every process in it. torchrun would end on USR1, and on TERM give the ranks 30 seconds:
 # it ignores both (as do this shell, and the ranks until they can save, and listen), and ends when the ranks have ended.
 trap "" USR1 TERM
