@@ -1,11 +1,12 @@
 # The two commands of the README are `make train` and `make test`; both start from nothing, and again is quick.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format test-long test-next bench docs clean
+.PHONY: help setup train test check format test-long test-next test-cluster test-nemo-run bench docs clean
 
 VENV := .venv
 VENV_NEXT := .venv-next
 VENV_BENCH := .venv-bench
 VENV_DOCS := .venv-docs
+VENV_NEMO := .venv-nemo
 RECIPE := examples/recipes/arithmetic_cpu.yaml
 BENCH := all --quick
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRAN
 	VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
 help: ## what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## .venv with the pinned packages and this project (PYTHON=, INSTALLER=pip)
 	@echo "[setup] checking $(VENV)"
@@ -55,6 +56,18 @@ test-next: ## the end-to-end tests on the next versions (.venv-next, set B)
 	@echo "[test-next] pytest tests/e2e"
 	@$(TEST_ENV) $(VENV_NEXT)/bin/python $(PYTEST) -m "not gpu" tests/e2e
 
+test-cluster: setup ## jobs on a real SLURM, nodes in namespaces of this machine (root; installs Debian's packages)
+	@tests/cluster/install.sh
+	@echo "[test-cluster] pytest -m cluster"
+	@$(TEST_ENV) $(BIN)/python -m pytest --durations=10 -m cluster tests/cluster
+
+test-nemo-run: setup ## NeMo-Run's executors, here and on a real SLURM (.venv-nemo, 0.5 GB)
+	@tests/cluster/install.sh
+	@echo "[test-nemo-run] checking $(VENV_NEMO)"
+	@tests/cluster/nemo_venv.sh $(VENV_NEMO) $(VENV)
+	@echo "[test-nemo-run] pytest tests/cluster/test_nemo_run.py"
+	@PYTHONPATH=. $(TEST_ENV) $(VENV_NEMO)/bin/python -m pytest --durations=10 -m cluster tests/cluster/test_nemo_run.py
+
 bench: ## compare with other libraries in their environment (BENCH="loss_logits --json FILE")
 	@echo "[bench] checking $(VENV_BENCH)"
 	@environment/install.sh $(VENV_BENCH) bench
@@ -70,6 +83,7 @@ docs: setup ## the pages of docs/ as a site in build/site, those made from code 
 
 clean: ## remove environments, caches and build output; runs stay
 	@echo "[clean] environments, caches, build output"
-	@rm -rf $(VENV) $(VENV).lock $(VENV_NEXT) $(VENV_NEXT).lock $(VENV_BENCH) $(VENV_BENCH).lock $(VENV_DOCS) $(VENV_DOCS).lock build dist \
+	@rm -rf $(VENV) $(VENV).lock $(VENV_NEXT) $(VENV_NEXT).lock $(VENV_BENCH) $(VENV_BENCH).lock $(VENV_DOCS) $(VENV_DOCS).lock \
+		$(VENV_NEMO) build dist \
 		megatron_klrl.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

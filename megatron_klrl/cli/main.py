@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from megatron_klrl import __version__
-from megatron_klrl.cli import check, config
+from megatron_klrl.cli import check, config, launch
 from megatron_klrl.cli.doctor import doctor
 from megatron_klrl.cli.eval import evaluate
 from megatron_klrl.cli.export import export
@@ -31,6 +31,7 @@ app.command("study-worker", hidden=True)(study_worker)
 app.command()(doctor)
 app.add_typer(check.app, name="check")
 app.add_typer(config.app, name="config")
+app.add_typer(launch.app, name="launch")
 
 
 @app.command()

@@ -56,6 +56,24 @@ def prepare(recipe_path: Path, overrides: Sequence[str], *, place: RankPlace | N
     return Preparation(name=recipe_path.stem, recipe=recipe, shape=shape, world_size=world_size, warnings=warnings)
 
 
+def prepare_elsewhere(recipe_path: Path, overrides: Sequence[str], *, world_size: int, gpus: int) -> Preparation:
+    """Read and check a recipe for ranks on other machines.
+
+    Args:
+        recipe_path: YAML file.
+        overrides: of the command line.
+        world_size: ranks there.
+        gpus: of one machine there.
+
+    Raises:
+        UserError: anything wrong with the recipe, its model, its files or the number of ranks.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    shape = describe_model(recipe.model.path)
+    warnings = _check_for(recipe, world_size=world_size, gpus=gpus)
+    return Preparation(name=recipe_path.stem, recipe=recipe, shape=shape, world_size=world_size, warnings=warnings)
+
+
 def check(recipe: Recipe, *, place: RankPlace | None) -> tuple[int, list[str]]:
     """Check a resolved recipe for the ranks there are, or will be; how many, and warnings.
 
@@ -65,10 +83,14 @@ def check(recipe: Recipe, *, place: RankPlace | None) -> tuple[int, list[str]]:
     wants_gpu = recipe.generation.sleep or recipe.memory.offload_while_generating
     gpus = visible_gpus() if place is None or wants_gpu else 0
     world_size = decide_ranks(recipe, gpus=gpus) if place is None else place.world_size
+    return world_size, _check_for(recipe, world_size=world_size, gpus=gpus)
+
+
+def _check_for(recipe: Recipe, *, world_size: int, gpus: int) -> list[str]:
     warnings = validate(recipe, world_size)
     check_memory(recipe, gpus=gpus)
     _check_known_metric(recipe.checkpoint.keep_best)
-    return world_size, warnings + check_data(recipe)
+    return warnings + check_data(recipe)
 
 
 def _check_known_metric(name: str | None) -> None:

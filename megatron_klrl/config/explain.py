@@ -74,8 +74,10 @@ def _explain_one(detail: Any, raw: Mapping[str, Any], root: type[BaseModel]) -> 
         return UserError(str(detail["ctx"]["error"]).removeprefix(f"{path}: "), field=path or None)
     if kind == "string_pattern_mismatch":
         return UserError("is not a plain name", field=path, fix="rename it with letters, digits, _ and -")
-    expected = _expected(detail)
-    return UserError(f"{_given(detail['input'])}, expected {expected}", field=path, fix=f"set {path} to {expected}")
+    expected = expected_words(detail)
+    return UserError(
+        f"{given_words(detail['input'])}, expected {expected}", field=path, fix=f"set {path} to {expected}"
+    )
 
 
 def _wrong_task(path: str, detail: Any) -> UserError:
@@ -85,7 +87,8 @@ def _wrong_task(path: str, detail: Any) -> UserError:
     return UserError(problem, field=f"{path}.task", fix=f"set {path}.task to one of: {tasks}")
 
 
-def _expected(detail: Any) -> str:
+def expected_words(detail: Any) -> str:
+    """What belongs in the place of a wrong value, in words."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind in ("enum", "literal_error"):
         return "one of: " + str(context["expected"]).replace("'", "").replace(" or ", ", ")
@@ -97,7 +100,8 @@ def _expected(detail: Any) -> str:
     return _EXPECTED.get(kind, detail["msg"].removeprefix("Input should be "))
 
 
-def _given(value: object) -> str:
+def given_words(value: object) -> str:
+    """What stands there, in words."""
     if value is None:
         return "is empty"
     if isinstance(value, Mapping):

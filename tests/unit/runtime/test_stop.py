@@ -52,6 +52,23 @@ def test_the_second_sigterm_ends_a_process_that_nobody_else_would() -> None:
     assert (twice.returncode, "never" in twice.stdout) == (-signal.SIGTERM, False)
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_while_python_ends_does_not_end_it_otherwise(number: signal.Signals) -> None:
+    """What a module holds is deleted after Python has put handlers back; a batch script may repeat its signal then."""
+    done = run(
+        f"""
+        class Last:
+            def __del__(self, kill=os.kill, me=me, write=os.write):
+                kill(me, {number.value})
+                write(1, b"last")
+
+        last = Last()
+        listen(has_launcher=True)
+        """
+    )
+    assert (done.returncode, done.stdout) == (0, "last")
+
+
 def test_the_file_says_how_far_a_run_got_until_it_starts_again(tmp_path: Path) -> None:
     write_unfinished(tmp_path, step=3, steps=9, number=signal.SIGUSR1)
     (file,) = tmp_path.iterdir()
