@@ -12,10 +12,11 @@ from megatron_klrl.config.describe import kl_text, kl_verdict, layout_text
 from megatron_klrl.config.load import load_recipe
 from megatron_klrl.config.memory import estimate_memory
 from megatron_klrl.config.model_folder import ModelShape, describe_model
+from megatron_klrl.config.precision import check_precision, wants_capability
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.config.validate import check_memory, validate
 from megatron_klrl.errors import UserError
-from megatron_klrl.launch.devices import decide_ranks, visible_gpus
+from megatron_klrl.launch.devices import capabilities, decide_ranks, visible_gpus
 from megatron_klrl.metrics.names import known
 from megatron_klrl.tasks.sources import check_data
 
@@ -67,6 +68,7 @@ def check(recipe: Recipe, *, place: RankPlace | None) -> tuple[int, list[str]]:
     world_size = decide_ranks(recipe, gpus=gpus) if place is None else place.world_size
     warnings = validate(recipe, world_size)
     check_memory(recipe, gpus=gpus)
+    check_precision(recipe, capabilities() if wants_capability(recipe) else ())
     _check_known_metric(recipe.checkpoint.keep_best)
     return world_size, warnings + check_data(recipe)
 

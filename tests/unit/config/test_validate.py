@@ -59,7 +59,7 @@ def test_a_good_recipe_has_no_warnings(tmp_path: Path) -> None:
         (["parallel.tensor=2", "parallel.pipeline=2"], 2, "parallel", "start 4 ranks"),
         (["generation.tensor=2"], 3, "generation.tensor", "does not divide the 3 ranks"),
         (["generation.tensor=3"], 3, "generation.tensor", "set generation.tensor to one of: 1, 2, 4"),
-        (["precision.fp8=mxfp8"], 1, "precision.fp8", "FP8 training is not in this version"),
+        (["precision.fp8=mxfp8"], 1, "precision.dtype", "is fp32, but what 8-bit products do not take is bf16"),
         (["loop.max_staleness=1"], 1, "kl", "set kl.correction=prefix"),
         (["loop.updates_per_batch=2"], 1, "kl", "off-policy"),
         (["loop.max_staleness=1", "kl.correction=prefix", "kl.ratio_max=5"], 1, "kl", "set kl.ratio_max=null"),
