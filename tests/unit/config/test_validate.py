@@ -4,8 +4,6 @@ import pytest
 
 from megatron_klrl.config.data import ArithmeticSource
 from megatron_klrl.config.load import load_recipe
-from megatron_klrl.config.memory import estimate_memory
-from megatron_klrl.config.model_folder import describe_model
 from megatron_klrl.config.prompt_lengths import longest_prompt, longest_worked_answer
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.config.validate import validate
@@ -133,26 +131,6 @@ def test_lengths_counted_by_hand(kind: str, terms: int, prompt: int, answer: int
     source = ArithmeticSource.model_validate({"task": "arithmetic", "kind": kind, "terms": (1, terms)})
     assert longest_prompt(source) == prompt
     assert longest_worked_answer(source) == answer
-
-
-def test_memory_by_hand(tmp_path: Path) -> None:
-    recipe = load(tmp_path, "precision.dtype=bf16", "parallel.tensor=2", "generation.kv_cache_mib=1")
-    shape = describe_model(recipe.model.path)
-    memory = estimate_memory(recipe, shape)
-    local = -(-shape.parameters // 2)
-    assert memory.weights_bytes == memory.reference_bytes == 2 * local
-    assert memory.gradients_bytes == 4 * local
-    assert memory.optimizer_bytes == 12 * local
-    assert memory.engine_weights_bytes == 2 * shape.parameters
-    assert memory.total_bytes == 20 * local + 2 * shape.parameters + 2**20
-
-
-def test_without_a_kl_no_reference_takes_memory(tmp_path: Path) -> None:
-    recipe = load(tmp_path, "kl.beta=0")
-    memory = estimate_memory(recipe, describe_model(recipe.model.path))
-    assert memory.reference_bytes == 0
-    assert memory.engine_cache_bytes is None
-    assert memory.optimizer_bytes == 8 * memory.parameters
 
 
 @pytest.mark.parametrize(
