@@ -141,11 +141,6 @@ class Replay:
         return torch.log_softmax(logits, -1).gather(-1, taken[:, None]).squeeze(-1)
 
 
-def load_float32(folder: Path) -> Qwen3ForCausalLM:
-    """The model of a folder in transformers."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
 def _write_models(
     policy: Path, reference: Path, *, layers: int, width: int, vocab: int, dtype: str, positions: int
 ) -> int:

@@ -17,8 +17,8 @@ _RANGES: Mapping[Fp8, tuple[Capability, Capability | None]] = {
     Fp8.BLOCKWISE: (_HOPPER, _AFTER),
     Fp8.MXFP8: (_BLACKWELL, _AFTER),
 }
-"""From which capability, and up to which excluded. Transformer Engine 2.20 refuses the others too, but only in the
-first product of the first step."""
+"""From which capability, and up to which excluded. Transformer Engine 2.20 has the same bounds, but refuses only in the
+first product of the first step; from 10.0 on it computes blockwise with mxfp8's products, which 12.0 does not have."""
 
 _ALIGNMENT = {Fp8.NONE: 1, Fp8.TENSORWISE: 16, Fp8.DELAYED: 16, Fp8.BLOCKWISE: 128, Fp8.MXFP8: 32}
 
@@ -26,7 +26,8 @@ _ALIGNMENT = {Fp8.NONE: 1, Fp8.TENSORWISE: 16, Fp8.DELAYED: 16, Fp8.BLOCKWISE: 1
 def alignment(fp8: Fp8) -> int:
     """What the tokens of a microbatch on one rank, and the sizes of its matrices, must be multiples of.
 
-    16 numbers are the 16 bytes that 8-bit products read at once; a block of mxfp8 has 32 numbers, one of blockwise 128.
+    Transformer Engine 2.20 asks plain 8-bit products for 16 columns and 8 rows, Megatron-Core for 16 of both. A tensor
+    that is no whole number of blocks, of 32 numbers in mxfp8 and of 128 in blockwise, is not quantised at all.
     """
     return _ALIGNMENT[fp8]
 

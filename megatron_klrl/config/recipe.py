@@ -133,7 +133,7 @@ class PrecisionSection(Section):
     """Weights and activations; gradients and optimiser state are fp32 in either case."""
     fp8: Fp8 = Fp8.NONE
     """Scaling of 8-bit matrix products, in training, scoring and reference alike: tensorwise, by the largest number of
-    each tensor; delayed, by that of the step before; blockwise, of each 128 x 128 block (Hopper and later); mxfp8, of
+    each tensor; delayed, by that of earlier passes; blockwise, of each 128 x 128 block (Hopper and later); mxfp8, of
     each 32 numbers (Blackwell). Needs a GPU, Transformer Engine and dtype bf16."""
     first_last_bf16: Flag = False
     """The first and the last layer take their products in bf16 all the same; not with delayed."""
