@@ -113,7 +113,14 @@ def phases(stage: Stage) -> list[PhaseMemory]:
         PhaseMemory(name="train", parts={**always, **update, **while_training, **_train(stage, part)}),
         PhaseMemory(
             name="sync",
-            parts={**always, **update, **engine, **({} if recipe.generation.sleep else cache), **_sync(stage)},
+            # the cache comes back after the weights; what an update alone needs has gone before (loop/run.py)
+            parts={
+                **always,
+                **while_generating,
+                **engine,
+                **({} if recipe.generation.sleep else cache),
+                **_sync(stage),
+            },
         ),
     ]
 

@@ -72,6 +72,7 @@ def test_the_cache_holds_all_that_is_decoded_at_once(tmp_path: Path) -> None:
     ("generation.sleep=true", "train", "engine weights"),
     ("generation.sleep=true", "sync", "key-value cache"),
     ("memory.offload_while_generating=true", "generate", "optimizer"),
+    ("memory.offload_while_generating=true", "sync", "gradients"),
 ])  # fmt: skip
 def test_what_is_given_back_is_not_counted(tmp_path: Path, key: str, phase: str, part: str) -> None:
     layout = Layout(gpus=8)
