@@ -72,11 +72,11 @@ def carried(folder: Path, writes: str, reads: str, dtype: str) -> bool:
             return before != written and engine.weight_checksums() == written
 
 
-def peaks(folder: Path, options: dict[str, Any]) -> dict[str, int]:
-    """Most device memory of tensors in each phase of a second step."""
+def peaks(folder: Path, options: dict[str, Any], width: int) -> dict[str, int]:
+    """Most device memory of tensors in each phase of a second step, on rows of a width."""
     with trainer(folder, dtype=torch.bfloat16, **options) as engine:
-        batch = on_device(rollout_batch(rows=ROWS, width=WIDTH, vocab_size=VOCAB), engine.world.device)
-        rows = on_device(train_batch(rollout_batch(rows=ROWS, width=WIDTH, vocab_size=VOCAB)), batch.tokens.device)
+        batch = on_device(rollout_batch(rows=ROWS, width=width, vocab_size=VOCAB), engine.world.device)
+        rows = on_device(train_batch(rollout_batch(rows=ROWS, width=width, vocab_size=VOCAB)), batch.tokens.device)
         found = {}
         for _ in range(2):
             phases = {

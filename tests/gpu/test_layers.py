@@ -1,5 +1,6 @@
 """Transformer Engine's layers against Megatron's local ones, and 8-bit products against bf16."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,18 @@ from megatron_klrl.config.recipe import Fp8
 from tests.gpu.programs import Update, carried, update
 from tests.support.ranks import run_ranks
 
-try:
-    import transformer_engine.pytorch  # noqa: F401
-except (ImportError, OSError) as error:
-    pytest.skip(f"Transformer Engine cannot be imported: {error}", allow_module_level=True)
-
 # nats; bf16 carries 8 bits, so two orders of adding differ by a per cent of a logit here and there
 BF16_MEAN, BF16_LARGEST = 0.02, 0.5
 # the band that 8-bit products must stay in: mean |difference| of log-probabilities, and of the loss by its own size
 FP8_MEAN, FP8_LOSS = 0.15, 0.1
+
+
+@pytest.fixture(autouse=True)
+def _transformer_engine() -> None:
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError) as error:
+        pytest.skip(f"Transformer Engine cannot be imported: {error}")
 
 
 def one(folder: Path, layers: str, fp8: str = "none", **options: object) -> Update:

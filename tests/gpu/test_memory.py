@@ -11,12 +11,13 @@ from megatron_klrl.planning.hardware import choose
 from megatron_klrl.planning.layout import of_recipe
 from megatron_klrl.planning.model import read_model
 from megatron_klrl.planning.plan import plan, request
-from tests.gpu.programs import ROWS, VOCAB, WIDTH, peaks
+from tests.gpu.programs import ROWS, VOCAB, peaks
 from tests.support.models import write_model
 from tests.support.ranks import run_ranks
 from tests.unit.config.folders import make_recipe
 
 TOLERANCE = 0.15
+WIDTH = 1000  # tokens of a row, so that activations count beside weights
 LARGER = Qwen3Config(
     vocab_size=VOCAB,
     hidden_size=1024,
@@ -37,7 +38,7 @@ LARGER = Qwen3Config(
 def test_peaks_are_the_plans(tmp_path: Path, recompute: str) -> None:
     folder = write_model(tmp_path / "model", LARGER)
     options = {"micro_batch_size": 4, "head_chunk_tokens": 256, "recompute": Recompute(recompute)}
-    (found,) = run_ranks(1, peaks, folder, options)
+    (found,) = run_ranks(1, peaks, folder, options, WIDTH)
     settings = [
         f"model.path={folder}",
         "precision.dtype=bf16",
