@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_klrl.config.data import AnySource
 from megatron_klrl.config.model_folder import ModelShape, describe_model, resolve_folder
-from megatron_klrl.config.recipe import DEFAULT_MICRO_BATCH_SIZE, Dtype, Recipe, WeightTransport
+from megatron_klrl.config.recipe import DEFAULT_MICRO_BATCH_SIZE, Dtype, Quantization, Recipe, WeightTransport
 from megatron_klrl.config.regularisation import BetaKind
 from megatron_klrl.errors import UserError
 from megatron_klrl.generation.vllm_engine import EngineSettings, VLLMEngine
@@ -26,6 +26,7 @@ from megatron_klrl.mcore.engine import MegatronEngine, TrainerSettings
 from megatron_klrl.mcore.microbatches import Batching, Rows, row_step
 from megatron_klrl.mcore.model import unwrap
 from megatron_klrl.mcore.optimizer import OptimizerSettings
+from megatron_klrl.mcore.precision import Products
 from megatron_klrl.mcore.streams import Streams, SyncSettings
 from megatron_klrl.runtime import seeds
 from megatron_klrl.runtime import world as ranks
@@ -114,6 +115,7 @@ def build_trainer(recipe: Recipe, place: Site) -> MegatronEngine:
             recompute=recipe.memory.recompute,
             reference=_reference_folder(recipe, place),
             averages_reference=recipe.reference.ema is not None,
+            products=_products(recipe),
             sync=SyncSettings(
                 kind=_transport(recipe.weight_sync.transport),
                 bucket_bytes=recipe.weight_sync.bucket_mib << 20,
@@ -171,7 +173,12 @@ def _batching(recipe: Recipe) -> Batching:
         rows=Rows.PACKED if packed else Rows.PADDED,
         size=recipe.loop.tokens_per_microbatch or recipe.loop.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE,
         sequence_parallel=recipe.parallel.sequence,
+        token_multiple=_products(recipe).token_multiple,
     )
+
+
+def _products(recipe: Recipe) -> Products:
+    return Products(fp8=recipe.precision.fp8, first_last_bf16=recipe.precision.first_last_bf16)
 
 
 def build_engine(recipe: Recipe, place: Site, *, folder: Path | None = None) -> VLLMEngine:
@@ -188,6 +195,7 @@ def build_engine(recipe: Recipe, place: Site, *, folder: Path | None = None) -> 
             kv_cache_bytes=settings.kv_cache_mib * 2**20 if settings.kv_cache_mib else None,
             timeout_s=settings.timeout_s,
             sleeps=settings.sleep,
+            quantised=settings.quantization is Quantization.FP8,
         ),
     )
 

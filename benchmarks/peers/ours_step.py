@@ -9,30 +9,41 @@ from benchmarks.harness.parity import Answer
 from benchmarks.workloads.replay import BETA, CLIP, CLIP_GRAD, GROUP_SIZE, LEARNING_RATE, Replay
 from megatron_klrl.batch import RolloutBatch
 from megatron_klrl.config.model_folder import describe_model
-from megatron_klrl.config.recipe import Recipe, Recompute
+from megatron_klrl.config.recipe import Fp8, Recipe, Recompute
 from megatron_klrl.loop.update import assemble, policy_loss
 from megatron_klrl.mcore import groups as process_groups
 from megatron_klrl.mcore.compat import run_on_cpu
 from megatron_klrl.mcore.engine import MegatronEngine, TrainerSettings
+from megatron_klrl.mcore.layers import Layers
 from megatron_klrl.mcore.microbatches import Batching, Rows
 from megatron_klrl.mcore.optimizer import OptimizerSettings
+from megatron_klrl.mcore.precision import Products
 from megatron_klrl.mcore.streams import SyncSettings
 from megatron_klrl.runtime.world import World
 
 Step = Callable[[], Answer]
 
 
-def replay(work: Replay, *, packed: bool) -> Step:
+def replay(work: Replay, *, packed: bool, layers: str | None = None, fp8: str = "none") -> Step:
     """What loop/step.py does between rollouts and the next step: score, assemble, gradient, Adam.
 
     ``score`` also gives the entropy and the full-vocabulary KL of every token.
+
+    Args:
+        work: the rows.
+        packed: one after the other instead of padded.
+        layers: ``local`` or ``fused`` (Transformer Engine's); None takes what the device runs quickest.
+        fp8: scaling of 8-bit products.
     """
     recipe, batch = replay_recipe(work), rollouts(work)
-    engine = trainer(work, rows=batching(work, packed=packed))
+    products = Products(fp8=Fp8(fp8))
+    rows = batching(work, packed=packed, multiple=products.token_multiple)
+    engine = trainer(work, rows=rows, layers=layers, products=products)
+    advantages = work.advantages.to(work.device)
 
     def step() -> Answer:
         scores = engine.score(batch)
-        update = assemble(batch, scores, recipe, advantages=work.advantages)
+        update = assemble(batch, scores, recipe, advantages=advantages)
         report = engine.forward_backward(update, policy_loss(recipe, update))
         grad_norm = engine.optim_step().grad_norm
         assert scores.ref_logprobs is not None  # the engine was built with a reference
@@ -73,29 +84,34 @@ def rollouts(work: Replay) -> RolloutBatch:
     mask = (positions >= starts) & (positions < ends)
     count = len(rows)
     return RolloutBatch(
-        tokens=tokens,
-        response_mask=mask,
-        rollout_logprobs=torch.zeros(mask.shape),
-        rewards=torch.zeros(count),
-        truncated=torch.zeros(count, dtype=torch.bool),
-        weight_version=torch.zeros(count, dtype=torch.long),
+        tokens=tokens.to(work.device),
+        response_mask=mask.to(work.device),
+        rollout_logprobs=torch.zeros(mask.shape, device=work.device),
+        rewards=torch.zeros(count, device=work.device),
+        truncated=torch.zeros(count, dtype=torch.bool, device=work.device),
+        weight_version=torch.zeros(count, dtype=torch.long, device=work.device),
     )
 
 
-def batching(work: Replay, *, packed: bool) -> Batching:
-    """All rows in one microbatch."""
+def batching(work: Replay, *, packed: bool, multiple: int = 1) -> Batching:
+    """Rows in microbatches of the workload's size; packed, as many tokens as those have on average."""
     count = sum(map(len, work.prompts)) + sum(map(len, work.completions))
+    of_a_pass = -(-count * work.micro_batch_size // len(work.prompts))
+    longest = max(len(prompt) + len(row) for prompt, row in zip(work.prompts, work.completions, strict=True))
     return Batching(
         rows=Rows.PACKED if packed else Rows.PADDED,
-        size=count if packed else len(work.prompts),
+        size=max(of_a_pass, longest) if packed else work.micro_batch_size,
         sequence_parallel=False,
+        token_multiple=multiple,
     )
 
 
-def trainer(work: Replay, *, rows: Batching) -> MegatronEngine:
+def trainer(
+    work: Replay, *, rows: Batching, layers: str | None = None, products: Products | None = None
+) -> MegatronEngine:
     """As build.py makes it; the process group is the harness's."""
     run_on_cpu()
-    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"), one_machine=True)
+    world = World(rank=0, size=1, local_rank=0, device=work.device, one_machine=True)
     groups = process_groups.initialize(world, process_groups.Layout(), seed=0)
     return MegatronEngine(
         world=world,
@@ -103,14 +119,16 @@ def trainer(work: Replay, *, rows: Batching) -> MegatronEngine:
         shape=describe_model(str(work.policy)),
         folder=Path(work.policy),
         settings=TrainerSettings(
-            dtype=torch.float32,
+            dtype=work.dtype,
             batching=rows,
             temperature=1.0,
-            head_chunk_tokens=None,
+            head_chunk_tokens=None if work.device.type == "cpu" else 1024,
             recompute=Recompute.NONE,
             reference=work.reference,
             averages_reference=False,
             sync=SyncSettings(),
+            layers=None if layers is None else Layers(layers),
+            products=products or Products(),
             optimizer=OptimizerSettings(
                 lr=LEARNING_RATE,
                 betas=(0.9, 0.999),

@@ -22,19 +22,20 @@ def replay(work: Replay, *, recompute: bool) -> Step:
     ``_generate_and_score_completions`` calls it; ``training_step``, which calls ``_prepare_inputs``, ``compute_loss``
     (``_compute_loss``) and the backward; then clipping, its AdamW and zeroing, as the ``Trainer``'s inner loop does.
 
-    Decoding, rewards, advantages and logs are left out. float32, where bfloat16 is its default.
+    Decoding, rewards, advantages and logs are left out. The weights' type is the workload's.
 
     Args:
         work: the rows.
         recompute: compute activations again in the backward, which is its default.
     """
     trainer = _trainer(work, recompute=recompute)
-    rows = _inputs(work, trainer)
+    rows = {name: tensor.to(work.device) for name, tensor in _inputs(work, trainer).items()}
 
     def step() -> Answer:
         scored = _scored(trainer, rows)
-        trainer._buffered_inputs = [scored]
-        loss = trainer.training_step(trainer.model, scored, None)
+        parts = _parts(scored, work.micro_batch_size)
+        trainer.current_gradient_accumulation_steps = len(parts)
+        loss = torch.stack([_trained(trainer, part) for part in parts]).sum()
         grad_norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), CLIP_GRAD)
         trainer.optimizer.step()
         trainer.model.zero_grad()
@@ -48,9 +49,11 @@ def _trainer(work: Replay, *, recompute: bool) -> Any:
     """A trainer whose next step would not generate, and whose optimizer exists."""
     scratch = tempfile.TemporaryDirectory(prefix="klrl-trl-")
     settings = GRPOConfig(
-        output_dir=scratch.name, use_cpu=True, bf16=False, gradient_checkpointing=recompute, report_to=[],
-        model_init_kwargs={"dtype": "float32"}, learning_rate=LEARNING_RATE, max_grad_norm=CLIP_GRAD,
-        per_device_train_batch_size=len(work.prompts), num_generations=GROUP_SIZE, max_completion_length=work.tokens,
+        output_dir=scratch.name, use_cpu=work.device.type == "cpu", bf16=False, gradient_checkpointing=recompute,
+        report_to=[], model_init_kwargs={"dtype": str(work.dtype).removeprefix("torch.")},
+        learning_rate=LEARNING_RATE, max_grad_norm=CLIP_GRAD,
+        per_device_train_batch_size=work.micro_batch_size, num_generations=GROUP_SIZE,
+        max_completion_length=work.tokens,
         # More than one iteration is what makes it compute old log-probabilities; so many that none generates.
         num_iterations=_NEVER, beta=BETA, epsilon=CLIP, loss_type="dr_grpo", use_bias_correction_kl=False,
     )  # fmt: skip
@@ -61,12 +64,11 @@ def _trainer(work: Replay, *, recompute: bool) -> Any:
         train_dataset=Dataset.from_dict({"prompt": ["w2"] * len(work.prompts)}),
     )
     trainer.scratch = scratch  # lives as long as the trainer
-    reference = AutoModelForCausalLM.from_pretrained(work.reference, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(work.reference, dtype=work.dtype)
     trainer.ref_model.load_state_dict(reference.state_dict())
     if recompute:
         trainer.model.activation_checkpointing_enable()  # as train() does at its start
     trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1
     trainer._step = 1  # the first step, 0, generates
     trainer.model.train()
     return trainer
@@ -89,6 +91,21 @@ def _inputs(work: Replay, trainer: Any) -> dict[str, Tensor]:
         "advantages": work.advantages,
         "num_items_in_batch": torch.tensor(sum(lengths)),
     }
+
+
+def _parts(rows: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """Microbatches; what is no row is the same in each."""
+    count = len(rows["completion_ids"])
+    return [
+        {name: value[start : start + size] if value.ndim else value for name, value in rows.items()}
+        for start in range(0, count, size)
+    ]
+
+
+def _trained(trainer: Any, part: dict[str, Tensor]) -> Tensor:
+    trainer._buffered_inputs = [part]
+    loss: Tensor = trainer.training_step(trainer.model, part, None)
+    return loss
 
 
 def _scored(trainer: Any, rows: dict[str, Tensor]) -> dict[str, Tensor]:

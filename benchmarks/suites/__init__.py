@@ -18,6 +18,10 @@ _HOMES = {
     "g_loss_fwd_bwd": "benchmarks.suites.gpu:g_loss_fwd_bwd",
     "g_head": "benchmarks.suites.gpu:g_head",
     "g_refit_local": "benchmarks.suites.reshard:g_refit_local",
+    "g_step": "benchmarks.suites.gpu_step:g_step",
+    "g_train_mfu": "benchmarks.suites.gpu_step:g_train_mfu",
+    "g_fp8": "benchmarks.suites.gpu_step:g_fp8",
+    "g_mismatch": "benchmarks.suites.gpu_step:g_mismatch",
 }
 CPU_NAMES = (
     "loss_logits",
@@ -30,7 +34,16 @@ CPU_NAMES = (
     "step_replay",
     "step_full",
 )
-GPU_NAMES = ("g_logp_entropy", "g_loss_fwd_bwd", "g_head", "g_refit_local")
+GPU_NAMES = (
+    "g_logp_entropy",
+    "g_loss_fwd_bwd",
+    "g_head",
+    "g_refit_local",
+    "g_step",
+    "g_train_mfu",
+    "g_fp8",
+    "g_mismatch",
+)
 
 
 def benchmark(name: str) -> Benchmark:

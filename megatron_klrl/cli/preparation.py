@@ -1,7 +1,7 @@
 """What train and eval do before any engine starts: read the recipe, look at the model, decide the ranks, check."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -10,13 +10,19 @@ from megatron_klrl.cli.rank import RankPlace
 from megatron_klrl.cli.reporting import tell
 from megatron_klrl.config.describe import kl_text, kl_verdict, layout_text
 from megatron_klrl.config.load import load_recipe
-from megatron_klrl.config.memory import estimate_memory
 from megatron_klrl.config.model_folder import ModelShape, describe_model
+from megatron_klrl.config.precision import check_precision, wants_capability
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.config.validate import check_memory, validate
 from megatron_klrl.errors import UserError
-from megatron_klrl.launch.devices import decide_ranks, visible_gpus
+from megatron_klrl.launch.devices import capabilities, decide_ranks, visible_gpus
 from megatron_klrl.metrics.names import known
+from megatron_klrl.planning import render
+from megatron_klrl.planning.hardware import PRESETS
+from megatron_klrl.planning.layout import of_recipe
+from megatron_klrl.planning.memory import PhaseMemory
+from megatron_klrl.planning.model import read_model
+from megatron_klrl.planning.plan import plan, request
 from megatron_klrl.tasks.sources import check_data
 
 
@@ -89,6 +95,7 @@ def check(recipe: Recipe, *, place: RankPlace | None) -> tuple[int, list[str]]:
 def _check_for(recipe: Recipe, *, world_size: int, gpus: int) -> list[str]:
     warnings = validate(recipe, world_size)
     check_memory(recipe, gpus=gpus)
+    check_precision(recipe, capabilities() if wants_capability(recipe) else ())
     _check_known_metric(recipe.checkpoint.keep_best)
     return warnings + check_data(recipe)
 
@@ -110,7 +117,7 @@ def announce(command: str, preparation: Preparation, *, target: str, to_stderr: 
 
 def plan_as_dict(preparation: Preparation, *, run_dir: Path) -> dict[str, object]:
     """The dry run for machines."""
-    memory = estimate_memory(preparation.recipe, preparation.shape)
+    memory = _memory(preparation)
     parallel = preparation.recipe.parallel
     return {
         "name": preparation.name,
@@ -125,7 +132,10 @@ def plan_as_dict(preparation: Preparation, *, run_dir: Path) -> dict[str, object
             "data": preparation.data_parallel,
         },
         "kl": {"text": kl_text(preparation.recipe), "verdict": kl_verdict(preparation.recipe)},
-        "memory_estimate": {**asdict(memory), "total_bytes": memory.total_bytes},
+        "memory_estimate": {
+            "parameters": preparation.shape.parameters,
+            "phases": {phase.name: {**phase.parts, "total": phase.total} for phase in memory},
+        },
         "warnings": preparation.warnings,
         "config": preparation.recipe.model_dump(mode="json"),
     }
@@ -133,20 +143,11 @@ def plan_as_dict(preparation: Preparation, *, run_dir: Path) -> dict[str, object
 
 def memory_text(preparation: Preparation) -> str:
     """The memory estimate as lines."""
-    memory = estimate_memory(preparation.recipe, preparation.shape)
-    cache = memory.engine_cache_bytes
-    parts = [
-        ("weights", memory.weights_bytes),
-        ("gradients (fp32)", memory.gradients_bytes),
-        ("Adam state (fp32)", memory.optimizer_bytes),
-        ("reference", memory.reference_bytes),
-        ("engine weights", memory.engine_weights_bytes),
-        ("engine key-value cache", cache),
-        ("together, without activations", memory.total_bytes),
-    ]
-    lines = [f"  {name:<30} {_mib(value)}" for name, value in parts]
-    return "\n".join([f"memory per rank, an estimate ({memory.parameters:,} parameters):", *lines])
+    head = f"tensors of one rank, an estimate ({preparation.shape.parameters:,} parameters; klrl plan: times, layouts):"
+    return "\n".join([head, *render.memory_lines(_memory(preparation))])
 
 
-def _mib(value: int | None) -> str:
-    return "the engine decides" if value is None else f"{value / 2**20:12,.1f} MiB"
+def _memory(preparation: Preparation) -> list[PhaseMemory]:
+    hardware = PRESETS["h200"] if visible_gpus() else None  # memory does not depend on which
+    wanted = request(preparation.recipe, read_model(preparation.recipe.model.path), hardware=hardware)
+    return plan(wanted, of_recipe(preparation.recipe, gpus=preparation.world_size)).memory

@@ -46,6 +46,13 @@ class Fp8(StrEnum):
     MXFP8 = "mxfp8"
 
 
+class Quantization(StrEnum):
+    """Number format of the engine's weights, where it is not the trainer's."""
+
+    NONE = "none"
+    FP8 = "fp8"
+
+
 class Engine(StrEnum):
     """What generates completions."""
 
@@ -125,7 +132,11 @@ class PrecisionSection(Section):
     dtype: Dtype = Dtype.BF16
     """Weights and activations; gradients and optimiser state are fp32 in either case."""
     fp8: Fp8 = Fp8.NONE
-    """8-bit matrix products."""
+    """Scaling of 8-bit matrix products, in training, scoring and reference alike: tensorwise, by the largest number of
+    each tensor; delayed, by that of earlier passes; blockwise, of each 128 x 128 block (Hopper and later); mxfp8, of
+    each 32 numbers (Blackwell). Needs a GPU, Transformer Engine and dtype bf16."""
+    first_last_bf16: Flag = False
+    """The first and the last layer take their products in bf16 all the same; not with delayed."""
 
 
 class OptimizerSection(Section):
@@ -172,6 +183,9 @@ class GenerationSection(Section):
     verify_every: Count = 100
     """Weight updates from one verification to the next: checksums of all tensors and log-probabilities of a few tokens,
     trainer against engine. The first update is always verified; 0: it alone."""
+    quantization: Quantization = Quantization.NONE
+    """fp8: the engine quantises each weight to 8 bits as it arrives, and samples from that model, which is not the one
+    that is trained: needs a correction (mismatch). Needs a GPU with FP8."""
     sleep: Flag = False
     """The engine gives its weights and cache back while the trainer works. Needs CUDA."""
 

@@ -18,9 +18,10 @@ from megatron_klrl.config.data import (
 )
 from megatron_klrl.config.loop_rules import LOOP_RULES, LOOP_WARNINGS
 from megatron_klrl.config.model_folder import ModelShape, describe_model
+from megatron_klrl.config.precision import check_fp8_settings, check_quantised_engine, warn_precision
 from megatron_klrl.config.presets import find_preset
 from megatron_klrl.config.prompt_lengths import count_rows, longest_prompt, longest_worked_answer
-from megatron_klrl.config.recipe import Fp8, Recipe, WeightTransport
+from megatron_klrl.config.recipe import Recipe, WeightTransport
 from megatron_klrl.config.sampling import LOWEST_TEMPERATURE, on_policy, truncation
 from megatron_klrl.errors import UserError
 from megatron_klrl.kl.refusal import refusal
@@ -59,9 +60,12 @@ def validate(recipe: Recipe, world_size: int) -> list[str]:
         rule(plan)
     for loop_rule in LOOP_RULES:
         loop_rule(recipe)
+    check_fp8_settings(recipe, plan.shape)
+    check_quantised_engine(recipe)
     check_kl(plan)
     warned = [text for warning in WARNINGS for text in warning(plan)]
-    return warned + [text for warning in LOOP_WARNINGS for text in warning(recipe)]
+    warned += [text for warning in LOOP_WARNINGS for text in warning(recipe)]
+    return warned + list(warn_precision(recipe))
 
 
 def check_tensor(plan: Plan) -> None:
@@ -152,14 +156,6 @@ def check_generation_world(plan: Plan) -> None:
     if world % tensor:
         fix = "set generation.tensor=1, or a divisor of the number of ranks"
         raise UserError(f"{tensor} does not divide the {world} ranks", field="generation.tensor", fix=fix)
-
-
-def check_fp8(plan: Plan) -> None:
-    """FP8 needs a GPU with Transformer Engine, and this version does not train in it."""
-    fp8 = plan.recipe.precision.fp8
-    if fp8 is not Fp8.NONE:
-        problem = f"is {fp8}, but FP8 training is not in this version (and never on CPU)"
-        raise UserError(problem, field="precision.fp8", fix="set precision.fp8=none")
 
 
 def check_files(plan: Plan) -> None:
@@ -373,7 +369,6 @@ RULES: tuple[Callable[[Plan], None], ...] = (
     check_generation_heads,
     check_generation_world,
     check_weight_sync,
-    check_fp8,
     check_files,
     check_lengths,
     check_microbatch,

@@ -20,6 +20,7 @@ from megatron_klrl.generation.watchdog import Watchdog
 from megatron_klrl.runtime.world import World
 
 _IDLE_S = 0.001  # pause after a step without a new token: nothing happens sooner
+_SHARE_OF_FREE = 0.9  # the trainer's activations and logits come later, and need the rest
 _DISCARD_BOTH = 2  # vLLM's sleep level that keeps neither weights nor cache: the weights are pushed anew in any case
 
 
@@ -35,6 +36,7 @@ class EngineSettings:
         kv_cache_bytes: of the key-value cache per rank; None lets vLLM decide.
         timeout_s: longest time in a call without a new token, seconds.
         sleeps: ``sleep`` gives memory back; CUDA only.
+        quantised: weights are rounded to 8 bits as they arrive; CUDA only.
     """
 
     tensor: int
@@ -44,6 +46,35 @@ class EngineSettings:
     kv_cache_bytes: int | None
     timeout_s: float
     sleeps: bool
+    quantised: bool = False
+
+
+def _options(settings: EngineSettings, *, device: torch.device) -> dict[str, Any]:
+    """Arguments of vLLM that not every engine has."""
+    options: dict[str, Any] = {"dtype": str(settings.dtype).removeprefix("torch.")}
+    if settings.sleeps:
+        options["enable_sleep_mode"] = True
+    if settings.quantised:
+        options["quantization"] = "fp8"
+    if settings.kv_cache_bytes is not None:
+        options["kv_cache_memory_bytes"] = settings.kv_cache_bytes
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        options["gpu_memory_utilization"] = memory_share(free, total=total)
+    return options
+
+
+def memory_share(free: int, *, total: int) -> float:
+    """The part of a GPU's memory that vLLM is told it may have, of what others have left.
+
+    vLLM refuses to start unless that part is free, even where the size of its cache is given; its own default, nine
+    tenths, never is beside a trainer. Where no size is given, the cache takes what this leaves.
+
+    Args:
+        free: bytes.
+        total: bytes.
+    """
+    return _SHARE_OF_FREE * free / total
 
 
 class VLLMEngine:
@@ -69,11 +100,7 @@ class VLLMEngine:
         from vllm import LLM  # noqa: PLC0415  13 CPU seconds, and the environment must be set first
 
         vllm_host.mend_vllm()
-        options: dict[str, Any] = {"dtype": str(settings.dtype).removeprefix("torch.")}
-        if settings.sleeps:
-            options["enable_sleep_mode"] = True
-        if settings.kv_cache_bytes is not None:
-            options["kv_cache_memory_bytes"] = settings.kv_cache_bytes
+        options = _options(settings, device=world.device)
         environment = vllm_host.launcher_environment(rank=world.rank, local_rank=world.local_rank, size=world.size)
         with vllm_host.trainer_state_kept(), environment:
             try:

@@ -59,6 +59,22 @@ def _driver_gpus() -> int:
     return sum(1 for line in done.stdout.splitlines() if line.startswith("GPU "))
 
 
+def capabilities() -> tuple[tuple[int, int], ...]:
+    """Compute capability of each visible GPU, as its driver says; empty where there is none or it does not answer."""
+    program = shutil.which("nvidia-smi")
+    count = visible_gpus()
+    if program is None or count == 0:
+        return ()
+    asked = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    found = [re.fullmatch(r"(\d+)\.(\d+)", line.strip()) for line in done.stdout.splitlines()]
+    # the kinds of GPU are what counts; which of them are chosen makes no difference on machines of one kind
+    return tuple((int(match[1]), int(match[2])) for match in found if match is not None)[:count]
+
+
 def _chosen(variable: str) -> int:
     """Entries of CUDA_VISIBLE_DEVICES up to the first invalid one, which is where CUDA itself stops."""
     count = 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron_klrl.config.recipe import Dtype, Recipe
+from megatron_klrl.config.recipe import Dtype, Fp8, Quantization, Recipe
 from megatron_klrl.errors import DivergenceError, WorkError
 from megatron_klrl.generation.engine import Completion, Memory, Request, Sampling
 from megatron_klrl.generation.refit import RefitReport
@@ -77,7 +77,9 @@ def refit(parts: Parts, *, version: int, verify: bool) -> dict[str, float]:
                 "run away. Nothing of this step was saved; --resume with a smaller optimizer.lr"
             )
         bounds = BOUNDS[parts.recipe.precision.dtype]
-        if not found.within(bounds):
+        # of 8-bit products no bound has been measured; what they change is logged, and the checksums hold as ever
+        rounded = parts.recipe.generation.quantization is Quantization.FP8 or parts.recipe.precision.fp8 is not Fp8.NONE
+        if not rounded and not found.within(bounds):
             raise WorkError(
                 f"after weight update {version} trainer and engine disagree on the log-probabilities of {found.tokens} "
                 f"tokens by {found.mean:.1e} nats on average and {found.largest:.1e} at most, above {bounds[0]:g} and "

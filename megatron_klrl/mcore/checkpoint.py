@@ -15,6 +15,12 @@ from megatron_klrl.mcore.groups import ProcessGroups
 from megatron_klrl.mcore.model import unwrap
 from megatron_klrl.mcore.writing import Writing, causes, write
 
+_FP8_STATE = "_extra_state"
+"""End of the keys under which Transformer Engine keeps the numbers of delayed scaling, and nothing under any other.
+
+They are not written: Megatron's local layers have none, a checkpoint must load in either kind, and the numbers are
+found again within a few passes."""
+
 _APART = 1
 """Key of the experts' optimizer state, which Megatron keeps apart where experts are split over ranks."""
 
@@ -70,7 +76,10 @@ def load_model(folder: Path, chunks: Sequence[Any], *, groups: ProcessGroups) ->
 
 def _fill(chunks: Sequence[Any], loaded: dict[str, Any]) -> None:
     for name, chunk in _named(chunks):
-        unwrap(chunk).load_state_dict(loaded[name])
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[name], strict=False)
+        lost = [key for key in missing if not key.endswith(_FP8_STATE)]
+        if lost or unexpected:
+            raise ValueError(f"the checkpoint's state is not the model's: {lost + unexpected}")
 
 
 def _read(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +114,12 @@ def _named(chunks: Sequence[Any]) -> list[tuple[str, Any]]:
 
 
 def _sharded_chunks(chunks: Sequence[Any], groups: ProcessGroups) -> dict[str, Any]:
-    return {name: unwrap(chunk).sharded_state_dict(metadata=_metadata(groups)) for name, chunk in _named(chunks)}
+    return {name: _tensors(unwrap(chunk), groups) for name, chunk in _named(chunks)}
+
+
+def _tensors(chunk: Any, groups: ProcessGroups) -> dict[str, Any]:
+    state = chunk.sharded_state_dict(metadata=_metadata(groups))
+    return {key: value for key, value in state.items() if not key.endswith(_FP8_STATE)}
 
 
 def _sharded(chunks: Sequence[Any], optimizer: Any, groups: ProcessGroups, *, is_loading: bool) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from megatron_klrl.config.model_folder import ModelShape
 from megatron_klrl.config.recipe import Recompute
 from megatron_klrl.mcore import conversion
 from megatron_klrl.mcore.groups import ProcessGroups
+from megatron_klrl.mcore.layers import Layers, choose
 from megatron_klrl.mcore.model import build_model, transformer_config
+from megatron_klrl.mcore.precision import Products
 
 
-def plain_chunks(
+def plain_chunks(  # noqa: PLR0913  what TransformerConfig takes
     shape: ModelShape,
     folder: Path,
     *,
@@ -22,15 +24,24 @@ def plain_chunks(
     device: torch.device,
     sequence_parallel: bool = False,
     recompute: Recompute = Recompute.NONE,
+    layers: Layers | None = None,
+    products: Products | None = None,
 ) -> list[Any]:
     """This rank's part of a model with the weights of a Hugging Face folder; no gradients are reduced or applied."""
+    products = products or Products()
+    layers = layers or choose(device, fp8=products.fp8)
     config = transformer_config(
-        shape, groups=groups, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute
+        shape,
+        groups=groups,
+        dtype=dtype,
+        sequence_parallel=sequence_parallel,
+        recompute=recompute,
+        layers=layers,
+        products=products,
     )
+    positions = shape.max_position_embeddings
     built = [
-        build_model(shape, config, groups=groups, max_sequence_length=shape.max_position_embeddings, chunk=chunk).to(
-            device
-        )
+        build_model(shape, config, groups=groups, max_sequence_length=positions, layers=layers, chunk=chunk).to(device)
         for chunk in range(groups.virtual)
     ]
     conversion.load_hf(built, folder, shape=shape, groups=groups)

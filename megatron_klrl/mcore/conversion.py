@@ -45,7 +45,8 @@ def local_parameters(chunks: Sequence[GPTModel], *, groups: ProcessGroups) -> It
         offset = get_transformer_layer_offset(chunk.config, number if groups.virtual > 1 else None)
         experts = (chunk.config.num_moe_experts or 0) // groups.ep.size() * groups.ep.rank()
         for name, parameter in chunk.named_parameters():
-            yield _shifted(_shifted(name, "decoder.layers.", offset), ".local_experts.", experts), parameter
+            shifted = _shifted(_shifted(name, "decoder.layers.", offset), ".local_experts.", experts)
+            yield layout.general(shifted), parameter
 
 
 def _shifted(name: str, before: str, offset: int) -> str:

@@ -1,7 +1,7 @@
 """The training engine: one policy, at most one reference, in any Megatron layout."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from megatron_klrl.mcore import checkpoint, conversion, microbatches, moves, opt
 from megatron_klrl.mcore.chunks import plain_chunks
 from megatron_klrl.mcore.groups import ProcessGroups
 from megatron_klrl.mcore.head import Head
+from megatron_klrl.mcore.layers import Layers
 from megatron_klrl.mcore.microbatches import Batching, Microbatch
 from megatron_klrl.mcore.model import padded_vocab_size, unwrap
 from megatron_klrl.mcore.offload import Offload
 from megatron_klrl.mcore.optimizer import OptimizerSettings
 from megatron_klrl.mcore.passes import AtHead, Mode
+from megatron_klrl.mcore.precision import Products
 from megatron_klrl.mcore.reference import Reference
 from megatron_klrl.mcore.streams import Streams, SyncSettings
 from megatron_klrl.mcore.writing import Writing
@@ -49,6 +51,8 @@ class TrainerSettings:
         averages_reference: the reference will be a running average of the policy.
         optimizer: of the policy.
         sync: how weights leave the trainer.
+        products: how layers multiply: policy and reference alike, in training and in scoring.
+        layers: what they are built of; None takes what runs quickest on the device.
     """
 
     dtype: torch.dtype
@@ -60,6 +64,8 @@ class TrainerSettings:
     averages_reference: bool
     optimizer: OptimizerSettings
     sync: SyncSettings
+    products: Products = field(default_factory=Products)
+    layers: Layers | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,6 +370,8 @@ class MegatronEngine:
             device=self.world.device,
             sequence_parallel=self._settings.batching.sequence_parallel,
             recompute=self._settings.recompute,
+            layers=self._settings.layers,
+            products=self._settings.products,
         )
 
 

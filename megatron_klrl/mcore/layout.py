@@ -53,6 +53,21 @@ HEAD = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 
 
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Transformer Engine's names of parameters that Megatron's local layers have too."""
+
+
+def general(name: str) -> str:
+    """The name that is used here of a parameter of either kind of layers."""
+    for fused, here in _FUSED_NORMS.items():
+        if name.endswith(fused):
+            return name.removesuffix(fused) + here
+    return name
+
+
 def parameters(shape: ModelShape) -> list[Parameter]:
     """Every parameter of the model in a fixed order, the same on every rank."""
     found = [_single(EMBEDDING, "model.embed_tokens.weight", Cut.VOCAB_ROWS)]

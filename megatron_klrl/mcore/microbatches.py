@@ -4,6 +4,7 @@ Every rank plans for all ranks from the same lengths, so that no message is need
 shape of microbatches: pipeline stages exchange tensors of one size, and experts exchange tokens in every microbatch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -35,11 +36,13 @@ class Batching:
         rows: padded or packed.
         size: of one forward pass: rows when padded, most tokens when packed.
         sequence_parallel: activations are cut along the sequence inside the tensor-parallel group.
+        token_multiple: what the tokens of a forward pass on one rank must be a multiple of, padding included.
     """
 
     rows: Rows
     size: int
     sequence_parallel: bool
+    token_multiple: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,7 @@ def make[B: (RolloutBatch, TrainBatch)](batch: B, *, batching: Batching, groups:
     plan = plan_packed(padded, ranks=groups.dp.size(), budget=batching.size, every=every)
     longest = max((sum(padded[number] for number in pack) for rank in plan for pack in rank), default=0)
     # a pack must divide over the ranks that cut it along the sequence
-    total = _up(max(longest, 1), row_step(groups, sequence_parallel=batching.sequence_parallel))
+    total = _up(max(longest, 1), pass_step(groups, batching))
     return [_packed(batch, numbers, padded, total, groups) for numbers in plan[groups.dp.rank()]]
 
 
@@ -150,6 +153,14 @@ def row_step(groups: ProcessGroups, *, sequence_parallel: bool) -> int:
     return (2 * ranks if ranks > 1 else 1) * (groups.tp.size() if sequence_parallel else 1)
 
 
+def pass_step(groups: ProcessGroups, batching: Batching) -> int:
+    """What the length of the rows of a forward pass must be a multiple of: of padded rows, or of a pack."""
+    rows = batching.size if batching.rows is Rows.PADDED else 1
+    # every context-parallel rank has its part of each row; together they must have whole multiples
+    for_products = groups.cp.size() * batching.token_multiple // math.gcd(rows, batching.token_multiple)
+    return math.lcm(row_step(groups, sequence_parallel=batching.sequence_parallel), for_products)
+
+
 def held(length: int, rank: int, ranks: int) -> Tensor:
     """Places of a row that one context-parallel rank holds: a chunk from the front and its mirror image from the back.
 
@@ -176,7 +187,7 @@ def _select[B: (RolloutBatch, TrainBatch)](batch: B, numbers: list[int]) -> tupl
 def _padded(batch: Any, numbers: list[int], batching: Batching, groups: ProcessGroups) -> Microbatch:
     rows, index = _select(batch, numbers)
     count, width = rows.response_mask.shape
-    length = _up(width, row_step(groups, sequence_parallel=batching.sequence_parallel))
+    length = _up(width, pass_step(groups, batching))
     places = held(length, groups.cp.rank(), groups.cp.size()).to(rows.tokens.device)
     tokens = torch.nn.functional.pad(rows.tokens[:, :-1], (0, length - width))
     mask = torch.nn.functional.pad(rows.response_mask, (0, length - width))[:, places]

@@ -5,27 +5,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer import TransformerConfig
 
 from megatron_klrl.config.model_folder import ModelShape
 from megatron_klrl.config.recipe import Recompute
 from megatron_klrl.config.rope import RopeKind
+from megatron_klrl.mcore import layers as modules
 from megatron_klrl.mcore.groups import ProcessGroups
+from megatron_klrl.mcore.layers import Layers
 from megatron_klrl.mcore.loss_scaling import CONFIG_FLAGS
-from megatron_klrl.mcore.modules import CausalAttention, RMSNorm
+from megatron_klrl.mcore.precision import Products
 
-_NO_FUSIONS = {
-    # each needs a CUDA kernel or torch.compile with a C++ compiler
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "persist_layer_norm": False,
-}
 _PIPELINE = {
     "batch_p2p_comm": False,  # batched sends want a CUDA synchronise
     "batch_p2p_sync": False,
@@ -47,6 +37,8 @@ def transformer_config(
     dtype: torch.dtype,
     sequence_parallel: bool,
     recompute: Recompute = Recompute.NONE,
+    layers: Layers = Layers.LOCAL,
+    products: Products | None = None,
 ) -> TransformerConfig:
     """Megatron's configuration for a model shape in this layout."""
     return TransformerConfig(
@@ -77,7 +69,8 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=not torch.cuda.is_available(),
         **CONFIG_FLAGS,
-        **_NO_FUSIONS,
+        **modules.flags(layers),
+        **(products or Products()).flags(),
         **_PIPELINE,
         **_RECOMPUTE[recompute],
         **_mixture(shape),
@@ -102,21 +95,28 @@ def _mixture(shape: ModelShape) -> dict[str, Any]:
 
 
 def build_model(
-    shape: ModelShape, config: TransformerConfig, *, groups: ProcessGroups, max_sequence_length: int, chunk: int = 0
+    shape: ModelShape,
+    config: TransformerConfig,
+    *,
+    groups: ProcessGroups,
+    max_sequence_length: int,
+    layers: Layers = Layers.LOCAL,
+    chunk: int = 0,
 ) -> GPTModel:
-    """One chunk of this rank's part of the model, with Megatron's local layers and initial (not loaded) weights.
+    """One chunk of this rank's part of the model, with initial (not loaded) weights.
 
     Args:
         shape: of the whole model.
         config: from ``transformer_config``.
         groups: the layout; each stage holds ``groups.virtual`` chunks.
         max_sequence_length: of the position embedding.
+        layers: kind of modules, that of ``config``.
         chunk: which of them.
     """
     stage = chunk if groups.virtual > 1 else None
     return GPTModel(
         config,
-        _layer_spec(config, shape, stage),
+        modules.block(config, shape, layers=layers, stage=stage),
         vocab_size=padded_vocab_size(shape.vocab_size, groups.tp.size()),
         max_sequence_length=max_sequence_length,
         pre_process=groups.is_first_stage and chunk == 0,
@@ -142,19 +142,3 @@ def unwrap(model: Any) -> GPTModel:
     while hasattr(model, "module"):
         model = model.module
     return model
-
-
-def _layer_spec(config: TransformerConfig, shape: ModelShape, stage: int | None) -> Any:
-    layer: Any = get_gpt_layer_local_submodules(
-        num_experts=shape.experts.count if shape.experts else None,
-        qk_layernorm=config.qk_layernorm,
-        normalization="RMSNorm",
-    )
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
-    attention.core_attention = CausalAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    layers = get_num_layers_to_build(config, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_klrl.errors import UserError
 from megatron_klrl.generation.engine import Request
-from megatron_klrl.generation.vllm_engine import VLLMEngine
+from megatron_klrl.generation.vllm_engine import VLLMEngine, memory_share
 from megatron_klrl.runtime.world import World
 from tests.generation.cases import REQUESTS, SAMPLING
 from tests.generation.conftest import SETTINGS, Host, fingerprint, named_weights
@@ -70,3 +70,11 @@ def test_a_model_length_that_does_not_fit_is_the_users_error(host: Host, folder:
             settings=replace(SETTINGS, max_model_len=4096),
         )
     assert dist.is_initialized()
+
+
+def test_an_engine_is_told_to_take_what_is_free() -> None:
+    """vLLM starts only where the part of the memory that it is told is free; its own default, nine tenths, is not."""
+    gib = 1 << 30
+    for free in (139 * gib, 100 * gib, gib):
+        share = memory_share(free, total=139 * gib)
+        assert 0.89 * free < share * 139 * gib <= free

@@ -14,8 +14,10 @@ from megatron_klrl.losses.policy_loss import PolicyLoss
 from megatron_klrl.mcore import groups as process_groups
 from megatron_klrl.mcore.compat import run_on_cpu
 from megatron_klrl.mcore.engine import MegatronEngine, TrainerSettings
+from megatron_klrl.mcore.layers import Layers
 from megatron_klrl.mcore.microbatches import Batching, Rows
 from megatron_klrl.mcore.optimizer import OptimizerSettings
+from megatron_klrl.mcore.precision import Products
 from megatron_klrl.mcore.streams import SyncSettings
 from megatron_klrl.rl.aggregation import sequence_sum
 from megatron_klrl.runtime import seeds
@@ -50,6 +52,8 @@ def trainer_in(
     averages_reference: bool = False,
     dtype: torch.dtype = torch.float32,
     sync: SyncSettings | None = None,
+    layers: Layers | None = None,
+    products: Products | None = None,
     **layout: int,
 ) -> Iterator[MegatronEngine]:
     """An engine in a world that has been joined, after ``run_on_cpu``, and that outlives it."""
@@ -68,6 +72,7 @@ def trainer_in(
                     rows=Rows.PADDED if tokens_per_microbatch is None else Rows.PACKED,
                     size=tokens_per_microbatch or micro_batch_size,
                     sequence_parallel=sequence,
+                    token_multiple=(products or Products()).token_multiple,
                 ),
                 temperature=1.0,
                 head_chunk_tokens=head_chunk_tokens,
@@ -76,6 +81,8 @@ def trainer_in(
                 averages_reference=averages_reference,
                 optimizer=ADAM,
                 sync=sync or SyncSettings(),
+                layers=layers,
+                products=products or Products(),
             ),
         )
     finally:

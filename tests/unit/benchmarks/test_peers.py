@@ -1,6 +1,7 @@
 """Our own contestants, and those peers that the trainer's environment holds, are in parity at tiny sizes."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from benchmarks.harness.ranks import join_ranks
 from benchmarks.harness.session import not_in_parity
 from benchmarks.harness.spec import Case, Contestant
 from benchmarks.harness.worker import Worker
-from benchmarks.suites import head, kl_matrix, logits, reshard, step
+from benchmarks.suites import gpu_step, head, kl_matrix, logits, reshard, step
 from megatron_klrl.mcore import groups
 from megatron_klrl.vocab_parallel import kernels
 from tests.support.ranks import run_ranks
@@ -83,12 +84,23 @@ def test_kl_terms(case: Case) -> None:
     assert problem(kl_matrix.OURS, case, dict(case.parameters)) == ""
 
 
+def _check_scores(folder: str, name: str) -> None:
+    with join_ranks(rank=0, ranks=1, meeting=f"{folder}/meeting", device="cpu"):
+        (case,) = gpu_step.g_mismatch().quick_cases
+        (contestant,) = (each for each in case.contestants if each.name == name)
+        assert problem(contestant, replace(case, tolerance=step.TOLERANCE), REPLAYED) == ""
+        groups.destroy()
+
+
 def _check_steps(folder: str) -> None:
     with join_ranks(rank=0, ranks=1, meeting=f"{folder}/meeting", device="cpu"):
         case = step.step_replay().quick_cases[0]
         for contestant in (step.PADDED, step.PACKED):
             assert problem(contestant, case, REPLAYED) == "", contestant.name
             groups.destroy()
+        # a contestant of the GPU's benchmarks, on CPU in float32: microbatches
+        assert problem(gpu_step.LOCAL, case, {**REPLAYED, "micro_batch_size": 2}) == ""
+        groups.destroy()
 
 
 @pytest.mark.slow
@@ -107,6 +119,12 @@ def _check_phases(folder: str) -> None:
 @pytest.mark.slow
 def test_the_phases_of_a_step(tmp_path: Path) -> None:
     run_ranks(1, _check_phases, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["trainer, bf16", pytest.param("engine, bf16", marks=pytest.mark.long)])
+def test_scores_of_trainer_and_engine(tmp_path: Path, name: str) -> None:
+    """As in g_mismatch, in float32 on CPU."""
+    run_ranks(1, _check_scores, str(tmp_path), name)
 
 
 @pytest.mark.usefixtures("alone")

@@ -116,11 +116,11 @@ def test_devices() -> None:
     assert set(levels(on_gpu).values()) == {Level.OK}
     texts = {finding.name: finding.found for finding in on_gpu}
     assert texts["CUDA devices"] == "2 x H200"
-    assert texts["FP8"].startswith("2 devices, with Transformer Engine")
+    assert texts["FP8"] == "tensorwise, delayed, blockwise"
     assert levels(check_devices(H200, SET_A))["CUDA devices"] is Level.WARN
     old = check_devices(V100, {"vllm": "0.24.0"})
     assert levels(old)["communication"] is Level.ERROR
-    assert {finding.name: finding.found for finding in old}["FP8"].startswith("no device")
+    assert {finding.name: finding.found for finding in old}["FP8"].startswith("none: ")
 
 
 @pytest.mark.parametrize(
@@ -134,3 +134,41 @@ def test_shared_memory(tmp_path: Path) -> None:
     assert diagnosis.check_shared_memory(str(tmp_path), wanted_bytes=1).level is Level.OK
     assert diagnosis.check_shared_memory(str(tmp_path), wanted_bytes=2**80).level is Level.WARN
     assert diagnosis.check_shared_memory(str(tmp_path / "nope")).level is Level.WARN
+
+
+@pytest.mark.parametrize(
+    ("versions", "found"),
+    [
+        (SET_A, ""),
+        ({"vllm": "0.24.0", "torch": "2.13.0+cu130"}, "vllm 0.24.0 with torch 2.13.0+cu130"),
+        ({"vllm": "0.40.0", "torch": "2.13.0"}, ""),
+        (
+            {"transformer-engine": "2.20.2", "transformer-engine-torch": "2.19.0"},
+            "with transformer-engine-torch 2.19.0",
+        ),
+        ({"transformer-engine-cu13": "2.20.1", "transformer-engine-torch": "2.20.2"}, "transformer-engine-cu13 2.20.1"),
+        ({"numba": "0.65.0", "numpy": "2.5.1"}, "numba 0.65.0 with numpy 2.5.1"),
+        ({"numba": "0.65.0", "numpy": "2.3.5"}, ""),
+        ({"nemo-run": "0.11.1", "leptonai": "0.41.0"}, "leptonai 0.41.0"),
+        ({"numba": "main", "numpy": "2.5.1"}, ""),
+    ],
+)
+def test_pairs_that_fail_together(versions: dict[str, str], found: str) -> None:
+    finding = diagnosis.check_pairs(versions)
+    assert (finding.level is Level.ERROR) == bool(found) == bool(finding.advice)
+    assert found in finding.found
+
+
+def test_formats_of_the_devices() -> None:
+    engine = {"transformer-engine-torch": "2.20.2"}
+
+    def fp8(probe: Probe, versions: dict[str, str]) -> diagnosis.Finding:
+        (finding,) = [finding for finding in check_devices(probe, versions) if finding.name == "FP8"]
+        return finding
+
+    assert fp8(H200, engine).found == "tensorwise, delayed, blockwise"
+    assert fp8(H200, {}).level is Level.WARN
+    assert fp8(V100, engine).found.startswith("none: compute capability 7.0")
+    broken = Probe(devices=H200.devices, backends=H200.backends, engine_problem="OSError: libnccl.so.2")
+    assert fp8(broken, engine).level is Level.ERROR
+    assert "libnccl.so.2" in fp8(broken, engine).found

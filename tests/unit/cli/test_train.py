@@ -21,7 +21,7 @@ def noted(notes: Path, name: str) -> dict[str, object]:
         (["kl.estimator=k3"], "Fix: set kl.placement=both, or kl.allow_biased=true"),
         (["parallel.tensor=4"], "parallel.tensor: 4 does not divide the model's 2 attention heads. Fix: "),
         (["launch.ranks=3"], "parallel: tensor 2 x pipeline 1 x context 1 = 2 does not divide the 3 ranks. Fix: "),
-        (["precision.fp8=delayed"], "precision.fp8: is delayed, but FP8 training is not in this version"),
+        (["precision.fp8=tensorwise", "precision.dtype=bf16"], "precision.fp8: is tensorwise, but there is no GPU"),
         (["model.path=/nope"], "model.path: there is no folder /nope. Fix: "),
         (["model.path=embedded:nope"], "embedded:arithmetic"),
         (["data.train={task: jsonl, path: nope.jsonl}"], "data.train.path: there is no file nope.jsonl. Fix: "),

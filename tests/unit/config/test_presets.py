@@ -7,13 +7,14 @@ import pytest
 from megatron_klrl.config.algorithm import AlgorithmSection, Surrogate
 from megatron_klrl.config.bounds import CLIPS, clip_bounds
 from megatron_klrl.config.load import dump_recipe, load_recipe
-from megatron_klrl.config.memory import estimate_memory
-from megatron_klrl.config.model_folder import describe_model
 from megatron_klrl.config.presets import PRESETS, Preset, find_preset, render_presets
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.config.validate import validate
 from megatron_klrl.errors import UserError
 from megatron_klrl.kl import KLConfig, catalogue
+from megatron_klrl.planning.layout import of_recipe
+from megatron_klrl.planning.model import read_model
+from megatron_klrl.planning.plan import plan, request
 from tests.unit.config.folders import RECIPE, make_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -130,8 +131,10 @@ def test_verdicts_are_the_catalogues(preset: Preset) -> None:
 @every_preset
 def test_a_preset_without_kl_has_no_reference(preset: Preset) -> None:
     recipe = on_shipped(f"preset={preset.name}", "kl.allow_biased=true")
-    memory = estimate_memory(recipe, describe_model(recipe.model.path))
-    assert (memory.reference_bytes == 0) == (FORMS[preset.name][1] == 0)
+    assert (recipe.kl.beta == 0) == (FORMS[preset.name][1] == 0)
+    wanted = request(recipe, read_model(recipe.model.path), hardware=None)
+    parts = plan(wanted, of_recipe(recipe, gpus=recipe.parallel.ranks_per_replica)).memory[0].parts
+    assert ("reference" in parts) == recipe.has_reference
 
 
 @every_preset

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_klrl.config.load import load_recipe
 from megatron_klrl.launch import devices
-from megatron_klrl.launch.devices import decide_ranks, visible_gpus
+from megatron_klrl.launch.devices import capabilities, decide_ranks, visible_gpus
 from tests.unit.config.folders import make_recipe
 
 
@@ -56,3 +56,25 @@ def test_a_cpu_build_uses_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cpu = devices._cpu_build()
     assert visible_gpus() == (0 if cpu else 1)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "answer", "expected"),
+    [
+        ("0,1", "9.0\n9.0", ((9, 0), (9, 0))),
+        ("0", "9.0\n8.0", ((9, 0),)),
+        ("", "9.0\n9.0", ()),
+        ("0,1", "Field not found", ()),
+    ],
+)
+def test_capabilities_are_the_drivers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, answer: str, expected: tuple[tuple[int, int], ...]
+) -> None:
+    monkeypatch.setattr(devices, "_cpu_build", lambda: False)
+    program = tmp_path / "nvidia-smi"
+    gpus = "printf 'GPU 0: X\\nGPU 1: X\\n'"
+    program.write_text(f"#!/bin/sh\ncase $1 in --query*) printf '{answer}\\n' ;; *) {gpus} ;; esac\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert capabilities() == expected

@@ -1,0 +1,41 @@
+#!/bin/sh
+# Installs Transformer Engine into an environment that has torch: environment/gpu/build_transformer_engine.sh PYTHON [ARCHS]
+#   PYTHON  of the environment (.venv/bin/python)
+#   ARCHS   compute capabilities to compile for, as 90 (Hopper, the default) or 90;100
+# Its torch part has no wheel: it is compiled here, 12 CPU-minutes with one job (MAX_JOBS=1, which needs the least
+# memory). Needs nvcc of CUDA 13 and a C++ compiler; no GPU and no driver. KEEP=FOLDER keeps the wheels there.
+set -eu
+
+python=${1:?usage: build_transformer_engine.sh PYTHON [ARCHS]}
+archs=${2:-90}
+version=2.20.2
+wheels=${KEEP:-$(mktemp -d)}
+say() { echo "[transformer-engine] $*"; }
+fail() { echo "[transformer-engine] $*" >&2; exit 2; }
+
+"$python" -c 'import torch' 2>/dev/null || fail "$python has no torch; install the pinned set first"
+CUDA_HOME=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)")")")}
+[ -x "$CUDA_HOME/bin/nvcc" ] || fail "no nvcc; install the CUDA 13 toolkit or set CUDA_HOME"
+export CUDA_HOME
+
+# The headers of cuDNN and NCCL come with torch's own wheels.
+site=$("$python" -c 'import sysconfig, torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])')
+includes=$(find "$site"/nvidia -maxdepth 2 -name include -type d | tr '\n' ':')
+[ -n "$includes" ] || fail "$site has no nvidia/*/include; this torch brings no CUDA packages"
+export CPLUS_INCLUDE_PATH="$includes" C_INCLUDE_PATH="$includes"
+export NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS="$archs" MAX_JOBS="${MAX_JOBS:-1}"
+
+say "fetching $version"
+"$python" -m pip download --quiet --no-deps --only-binary :all: --dest "$wheels" \
+    "transformer-engine==$version" "transformer-engine-cu13==$version"
+"$python" -m pip install --quiet --no-deps pybind11
+"$python" -m pip install --quiet --no-deps "$wheels"/transformer_engine-*.whl "$wheels"/transformer_engine_cu13-*.whl
+say "compiling the torch part for $archs with $MAX_JOBS jobs"
+"$python" -m pip wheel --quiet --no-deps --no-build-isolation --no-binary :all: --wheel-dir "$wheels" \
+    "transformer-engine-torch==$version"
+"$python" -m pip install --quiet --no-deps "$wheels"/transformer_engine_torch-*.whl
+
+libraries=$(find "$site"/nvidia -maxdepth 2 -name lib -type d | tr '\n' ':')
+LD_LIBRARY_PATH="$libraries${LD_LIBRARY_PATH:-}" "$python" -c 'import transformer_engine.pytorch' \
+    || fail "built, but it does not import"
+say "installed; whoever imports it needs LD_LIBRARY_PATH=$libraries"
