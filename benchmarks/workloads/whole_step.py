@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.parity import Answer
-from benchmarks.workloads.replay import Replay, load_float32
+from benchmarks.workloads.replay import Replay
 
 
 class WholeStep(Replay):
@@ -22,7 +22,7 @@ class WholeStep(Replay):
     @torch.no_grad()
     def _greedy_tokens(self) -> Tensor:
         """``[B, tokens]``; nothing ends a response early."""
-        model = load_float32(self.policy).double()
+        model = self.loaded(self.policy)
         found: dict[tuple[int, ...], Tensor] = {}
         for prompt in self.prompts:
             if tuple(prompt) not in found:
