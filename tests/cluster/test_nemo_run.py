@@ -55,10 +55,10 @@ def test_this_machine_trains_to_the_end(tmp_path: Path) -> None:
     settings = ["loop.steps=2", "optimum.prompts=0", "loop.eval_every=0", "data.eval={}"]
     command = [*LAUNCH, str(RECIPE), *settings, "--run-dir", str(tmp_path / "run")]
     env = {**os.environ, "NEMORUN_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "status     SUCCEEDED" in done.stdout
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2, "a row for each step"
 
 
 def test_a_failing_task_is_a_failing_command(tmp_path: Path) -> None:
