@@ -109,7 +109,8 @@ METRICS = (
 
 PANELS = {
     "Is it learning?": {
-        "reward and evaluation": ["reward/mean", "eval/.*/accuracy"],
+        "reward of the training samples": ["reward/mean"],
+        "evaluation of the current policy": ["eval/.*/accuracy"],
         "responses that could not be verified": ["reward/verifier_.*"],
         "objective E[R] - beta KL": ["objective/mean"],
         "response length, tokens": ["response/length_mean"],

@@ -14,6 +14,7 @@ OVERRIDES = [
     "loop.steps=3",
     "loop.prompts_per_step=4",
     "loop.eval_every=2",
+    "data.eval={id: {task: arithmetic, kind: chain, terms: [3, 4], prompts: 8}}",
     "loop.split_gradient_every=2",
     "optimum.prompts=4",
     "optimum.samples=4",
@@ -48,8 +49,6 @@ def test_the_second_run_of_a_worker_is_the_run_of_a_fresh_process(tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     log = (out / "hot/seed=0/log.txt").read_text()
     assert json.loads((out / "hot/seed=0/outcome.json").read_text())["status"] == "done", log[-2000:]
-    second = json.loads((out / "none/seed=0/outcome.json").read_text())
-    assert second["seconds"] < 12, "its engine was there"
     alone = tmp_path / "alone"
     trained = klrl("train", out / "none/seed=0/config.yaml", "--run-dir", alone)
     assert trained.returncode == 0, trained.stdout + trained.stderr
