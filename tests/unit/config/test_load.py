@@ -25,8 +25,15 @@ def message(file: Path, *overrides: str) -> str:
 
 
 def test_config_imports_no_torch_and_no_engine() -> None:
-    modules = ["load", "validate", "model_folder", "memory", "recipe"]
-    imports = "; ".join(f"import megatron_klrl.config.{name}" for name in modules)
+    modules = [
+        "config.load",
+        "config.validate",
+        "config.model_folder",
+        "config.precision",
+        "config.recipe",
+        "planning.plan",
+    ]
+    imports = "; ".join(f"import megatron_klrl.{name}" for name in modules)
     heavy = "{'torch', 'transformers', 'vllm', 'megatron', 'numpy'}"
     code = f"import sys; {imports}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
