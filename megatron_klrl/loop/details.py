@@ -11,6 +11,7 @@ from megatron_klrl.batch import RolloutBatch, TokenScores
 from megatron_klrl.loop.rollout import Rollouts
 
 _TOKENS, _SAMPLES, _CONTEXT = 12, 4, 8
+_LOOKED_AT = 512  # of the largest: completions of one prompt begin alike, and each of these tokens is shown once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,18 +72,18 @@ def _samples(found: Rollouts, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _drifted(full_kl: Tensor, away: Tensor, batch: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokens where policy and reference differ most, over the whole vocabulary, with what stood before them."""
+    """The tokens where policy and reference differ most over the whole vocabulary, each once with what stood before."""
     width = full_kl.shape[1]
     flat = full_kl.masked_fill(~batch.response_mask, -1.0).flatten()
-    rows = []
-    for place in flat.topk(min(_TOKENS, int(batch.response_mask.sum()))).indices.tolist():
+    rows: dict[tuple[str, str], tuple[str, str]] = {}
+    for place in flat.topk(min(_LOOKED_AT, int(batch.response_mask.sum()))).indices.tolist():
         row, column = divmod(place, width)
         before = batch.tokens[row, max(0, column + 1 - _CONTEXT) : column + 1].tolist()
-        token = _text(tokenizer, [int(batch.tokens[row, column + 1])])
-        rows.append(
-            (_text(tokenizer, before), token, f"{float(full_kl[row, column]):.3f}", f"{float(away[row, column]):+.3f}")
-        )
-    return _table(("... before", "token", "KL of the position, nats", "log policy / reference"), rows)
+        key = (_text(tokenizer, before), _text(tokenizer, [int(batch.tokens[row, column + 1])]))
+        if len(rows) < _TOKENS:
+            rows.setdefault(key, (f"{float(full_kl[row, column]):.3f}", f"{float(away[row, column]):+.3f}"))
+    titles = ("... before", "token", "KL of the position, nats", "log policy / reference")
+    return _table(titles, [(*key, *values) for key, values in rows.items()])
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

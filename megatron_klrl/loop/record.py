@@ -20,7 +20,13 @@ from megatron_klrl.tracking.console import RunConsole
 from megatron_klrl.tracking.jsonl import MetricsFile, write_samples
 from megatron_klrl.tracking.tensorboard import TensorBoardWriter
 
-_COMPARED = ("kl", "kl_control", "reference", "algorithm", "mismatch", "optimizer", "loop", "generation")
+_COMPARED = (
+    *(f"kl.{key}" for key in ("beta", "objective", "estimator", "placement", "credit", "correction", "ratio_max")),
+    *(f"algorithm.{key}" for key in ("advantage", "surrogate", "aggregation")),
+    *("kl_control.kind", "reference.reset_every", "reference.ema", "mismatch.correction", "optimizer.lr"),
+    *(f"loop.{key}" for key in ("prompts_per_step", "group_size", "updates_per_batch", "max_staleness", "seed")),
+)
+"""Keys by which TensorBoard's table tells runs apart; all others are in config.yaml."""
 
 
 class RunRecord:
@@ -74,7 +80,7 @@ class RunRecord:
         values = {
             path: value if isinstance(value, bool | int | float | str) else str(value)
             for path, value in settings(recipe)
-            if path.split(".")[0] in _COMPARED
+            if path in _COMPARED
         }
         names = ("reward/mean", "kl/exact", "objective/mean", *(f"eval/{name}/accuracy" for name in recipe.data.eval))
         self._board.settings(values, results={name: self._last[name] for name in names if name in self._last})
