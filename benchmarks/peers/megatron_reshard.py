@@ -13,7 +13,7 @@ from megatron.core.resharding.refit import clear_all_caches, swap_model_weights
 
 from benchmarks.harness.parity import Answer
 from benchmarks.workloads.reshard import Reshard
-from megatron_klrl.mcore import conversion, model
+from megatron_klrl.mcore import conversion, layers, model
 from megatron_klrl.mcore.blocks import blocks
 from megatron_klrl.mcore.layout import Join
 
@@ -65,7 +65,7 @@ def _whole_model(work: Reshard) -> GPTModel:
     config = model.transformer_config(work.shape, groups=alone, dtype=work.dtype, sequence_parallel=False)
     return GPTModel(
         config,
-        model._layer_spec(config, work.shape, None),
+        layers.block(config, work.shape, layers=layers.Layers.LOCAL, stage=None),
         vocab_size=work.shape.vocab_size,
         max_sequence_length=128,
         position_embedding_type="rope",
