@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core import tensor_parallel
 
-from megatron_klrl.mcore import checkpoint, compat, groups
+from megatron_klrl.mcore import checkpoint, compat, groups, writing
 from megatron_klrl.runtime import world
 from tests.support.models import FAMILIES, write_model
 from tests.support.ranks import run_ranks
@@ -156,7 +156,7 @@ def test_compat_does_nothing_where_cuda_is_available(monkeypatch: pytest.MonkeyP
 
 def children_after_save(folder: Path, to: Path, upstream: str) -> int:
     if upstream == "as it is":
-        checkpoint.write_in_this_process = lambda: None
+        writing.write_in_this_process = lambda: None
     save_after_some_steps(folder, to, {})
     return len(psutil.Process().children())
 
