@@ -38,16 +38,17 @@ def choose_run_dir(stem: str, given: Path | None, *, resume: bool, place: RankPl
         return _run_to_resume(given, place) if given is not None else _newest_run(stem)
     if given is None:
         return _new_name(stem, place)
-    # Only one rank may look: a moment later the folder is there because another has made it.
+    # Only the rank that writes the recipe may look: where it did, a moment later, it is there because of this start.
     if (place is None or place.rank == 0) and given.exists():
-        _refuse_used(given)
+        _refuse_used(given, is_rank=place is not None)
     return given
 
 
-def _refuse_used(given: Path) -> None:
+def _refuse_used(given: Path, *, is_rank: bool) -> None:
+    """Ranks that were quicker than the first may have made the folder and their logs in it; a recipe is the first's."""
     if not given.is_dir():
         raise UserError(f"{given} is a file", field="--run-dir", fix="give a folder")
-    if any(given.iterdir()):
+    if (given / CONFIG_FILE).exists() if is_rank else any(given.iterdir()):
         fix = "add --resume to continue that run, or give another folder"
         raise UserError(f"{given} already holds a run", field="--run-dir", fix=fix)
 

@@ -133,10 +133,10 @@ class Run:
         loop = self.parts.recipe.loop
         with self._console.training(first_step=self.state.step):
             for step in range(self.state.step + 1, loop.steps + 1):
-                asked = self._asked_to_stop()
-                if asked:
-                    return asked
                 with self.parts.timers.places.within(f"step {step}"):
+                    asked = self._asked_to_stop()  # where a rank waits for the first one, which still writes
+                    if asked:
+                        return asked
                     self._one(step)
         return 0
 

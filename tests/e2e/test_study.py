@@ -69,7 +69,7 @@ def test_the_second_run_of_a_worker_is_the_run_of_a_fresh_process(tmp_path: Path
 @pytest.mark.long
 def test_a_run_that_diverges_is_a_result_and_half_a_run_is_resumed(tmp_path: Path) -> None:
     """Both on real engines: the next cell finds new ones, and the resumed run is the uninterrupted one, bit for bit."""
-    cells = {"wild": {"overrides": ["optimizer.lr=1e39", "optimizer.clip_grad=0.0"]}, "calm": {}}
+    cells = {"wild": {"overrides": ["optimizer.lr=1e37"]}, "calm": {}}
     overrides = [*OVERRIDES, "loop.checkpoint_every=2"]
     file, out = write_study(tmp_path, cells=cells, overrides=overrides, keep_weights=True), tmp_path / "out"
     done = klrl("study", file, "--out", out)

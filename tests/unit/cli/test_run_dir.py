@@ -123,3 +123,14 @@ def test_place_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(UserError, match="WORLD_SIZE is 'many'"):
         rank_place()
+
+
+def test_a_rank_that_is_quicker_than_the_first_does_not_make_the_folder_a_used_one() -> None:
+    run = Path("runs/shared")
+    (run / "logs").mkdir(parents=True)
+    (run / "logs" / "rank1.txt").touch()
+    assert choose_run_dir("tiny", run, resume=False, place=place(0)) == run
+    (run / "config.yaml").touch()
+    with pytest.raises(UserError, match="already holds a run"):
+        choose_run_dir("tiny", run, resume=False, place=place(0))
+    assert choose_run_dir("tiny", run, resume=False, place=place(1)) == run, "only the first one looks"
