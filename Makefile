@@ -50,11 +50,11 @@ test-long: setup ## the tests that take longest: probes and layouts of the defau
 	@echo "[test-long] pytest -m long"
 	@$(TEST_ENV) $(BIN)/python $(PYTEST) -m long
 
-test-next: ## the end-to-end tests on the next versions (.venv-next, set B)
+test-next: ## the end-to-end tests but the longest on the next versions (.venv-next, set B)
 	@echo "[test-next] checking $(VENV_NEXT)"
 	@environment/install.sh $(VENV_NEXT) set-b
 	@echo "[test-next] pytest tests/e2e"
-	@$(TEST_ENV) $(VENV_NEXT)/bin/python $(PYTEST) -m "not gpu" tests/e2e
+	@$(TEST_ENV) $(VENV_NEXT)/bin/python $(PYTEST) tests/e2e
 
 test-cluster: setup ## jobs on a real SLURM, nodes in namespaces of this machine (root; installs Debian's packages)
 	@tests/cluster/install.sh
