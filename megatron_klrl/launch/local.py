@@ -6,18 +6,20 @@ is imported before the first rank starts.
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from megatron_klrl.errors import WorkError
 from megatron_klrl.launch.failure import EXIT_CODES, clear_failure, read_failure
 from megatron_klrl.runtime.logs import log_file
 from megatron_klrl.runtime.place import last_place, place_file
@@ -25,6 +27,7 @@ from megatron_klrl.runtime.place import last_place, place_file
 RUN_DIR_VARIABLE = "KLRL_RUN_DIR"
 COMMAND = (sys.executable, "-m", "megatron_klrl.cli")
 _POLL_S = 0.05
+_PORTS, _TRIES = (15000, 30000), 100
 _LAST_WORDS_S = 2.0  # ranks that lose one of them say where they were, and clean up
 _TAIL_LINES = 5
 _PR_SET_PDEATHSIG = 1
@@ -117,9 +120,17 @@ def _environment(rank: int, ranks: int, port: int, run_dir: Path) -> dict[str, s
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Free now and, below those that the system hands out, most likely still when the first rank has come to bind it.
+
+    That is half a minute later: a port of the system's choice may be somebody's connection by then.
+    """
+    draw = random.SystemRandom()  # another run of the same seed must not draw the same
+    for _ in range(_TRIES):
+        port = draw.randrange(*_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise WorkError(f"no free port among {_TRIES} tried from {_PORTS[0]} to {_PORTS[1]} on 127.0.0.1")
 
 
 def _start(

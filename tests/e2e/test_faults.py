@@ -36,7 +36,8 @@ def live(folder: Path, *settings: str, launcher: tuple[str, ...] = ()) -> Iterat
 
 
 def checkpoints(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").iterdir())
+    """Complete ones: what a run was writing when it died stays until the next start."""
+    return sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
 
 
 def told(err: str) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_klrl.launch import local
 from megatron_klrl.launch.failure import Failure, read_failure, write_failure
 from megatron_klrl.launch.local import run_ranks
 from megatron_klrl.runtime.stop import STOPS
@@ -306,3 +307,11 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     start(tmp_path, "", ranks=1)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_ranks_meet_at_a_port_that_the_system_hands_to_nobody() -> None:
+    """It is bound half a minute after it was found free."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {local._free_port() for _ in range(20)}
+    assert len(ports) > 10, "runs that start together draw apart"
+    assert all(1024 < port < lowest for port in ports)
