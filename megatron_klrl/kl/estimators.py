@@ -4,7 +4,7 @@ All take log-probabilities of the taken tokens (natural log, same shape) and ret
 float64 where an input is. Nothing is clamped; `linear_tail` bounds the log-ratio when asked to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """
     difference = log_ratio(logprobs, ref_logprobs)
     values = torch.expm1(-difference) + difference
-    require_representable(values, difference, what="k3")
+    require_representable(values, lambda: difference, what="k3")
     return values
 
 
@@ -185,14 +185,20 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def require_representable(values: Tensor, log_ratios: Tensor, *, what: str) -> None:
-    """Raises when ``values`` are not finite where the ``log_ratios`` they were made of are: they overflowed.
+def require_representable(values: Tensor, made_of: Callable[[], Tensor], *, what: str) -> None:
+    """Raises when ``values`` are not finite where the log-ratios they were made of are: they overflowed.
+
+    Args:
+        values: any shape.
+        made_of: gives the log-ratios, of the same shape; called only where a value may not be finite.
+        what: the values are, for the message.
 
     Raises:
         KLOverflowError: names the indices and the largest log-ratio there.
     """
     if _sums_to_finite(values):
         return
+    log_ratios = made_of()
     bad = ~torch.isfinite(values) & torch.isfinite(log_ratios)
     if not bool(bad.any()):
         return

@@ -23,7 +23,7 @@ class TokenInputs:
     Attributes:
         logprobs: current policy, with its gradient; zero where masked.
         ref_logprobs: frozen reference, detached; zero where masked.
-        policy_log_ratio: log pi/mu with the gradient of pi; zero where masked.
+        rollout_logprobs: policy that sampled, detached; zero where masked; the current one's unless others are given.
         full_kl: per-position full-vocabulary KL, zero where masked; None unless the estimator is ``exact``.
         mask: bool.
         log_ratio_clamp: bound on the log-ratio of k2 and k3, nats; None for none.
@@ -32,11 +32,16 @@ class TokenInputs:
 
     logprobs: Tensor
     ref_logprobs: Tensor
-    policy_log_ratio: Tensor
+    rollout_logprobs: Tensor
     full_kl: Tensor | None
     mask: Tensor
     log_ratio_clamp: float | None
     ratio_max: float | None
+
+    @property
+    def policy_log_ratio(self) -> Tensor:
+        """``[B, T]`` log pi/mu with the gradient of pi; zero where masked."""
+        return self.logprobs - self.rollout_logprobs
 
     def estimates(self, estimator: Estimator) -> Tensor:
         """``[B, T]`` nats per token, differentiable, zero where masked."""
@@ -55,9 +60,10 @@ class TokenInputs:
 
     def prefix_ratios(self, estimator: Estimator) -> Tensor:
         """``[B, T]`` product of the token ratios up to a token; without its own for ``exact``, which needs no token."""
-        cumulated = self.policy_log_ratio.cumsum(-1)
+        log_ratio = self.policy_log_ratio
+        cumulated = log_ratio.cumsum(-1)
         if estimator is Estimator.EXACT:
-            cumulated = cumulated - self.policy_log_ratio
+            cumulated = cumulated - log_ratio
         return self._ratios(cumulated, what="importance ratio of a prefix")
 
     def sequence_ratios(self) -> Tensor:
@@ -72,7 +78,7 @@ class TokenInputs:
             excess = (log_ratios.detach() - math.log(self.ratio_max)).clamp(min=0.0)
             return (log_ratios - excess).exp()
         ratios = log_ratios.exp()
-        require_representable(ratios, log_ratios, what=what)
+        require_representable(ratios, lambda: log_ratios, what=what)
         return ratios
 
 
@@ -103,11 +109,10 @@ def read_inputs(
     dtype = working_dtype(*used.values())
     masked = {name: torch.where(mask, tensor, 0.0).to(dtype) for name, tensor in used.items()}
     require_finite(masked)
-    behaviour = masked.get("rollout_logprobs", masked["logprobs"]).detach()
     return TokenInputs(
         logprobs=masked["logprobs"],
         ref_logprobs=masked["ref_logprobs"].detach(),
-        policy_log_ratio=masked["logprobs"] - behaviour,
+        rollout_logprobs=masked.get("rollout_logprobs", masked["logprobs"]).detach(),
         full_kl=masked.get("full_kl"),
         mask=mask,
         log_ratio_clamp=config.log_ratio_clamp,

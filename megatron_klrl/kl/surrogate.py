@@ -53,7 +53,10 @@ def kl_surrogate(
     inputs = read_inputs(
         logprobs, ref_logprobs, mask, config=config, rollout_logprobs=rollout_logprobs, full_kl=full_kl
     )
-    return (_coefficients(inputs, config) * inputs.logprobs + _loss_terms(inputs, config)).sum(-1)
+    if config.placement is Placement.LOSS:
+        return _loss_terms(inputs, config).sum(-1)
+    scored = _coefficients(inputs, config) * inputs.logprobs
+    return (scored if config.placement is Placement.REWARD else scored + _loss_terms(inputs, config)).sum(-1)
 
 
 def reward_coefficients(
@@ -179,7 +182,7 @@ def reward_advantages(
         return torch.zeros_like(inputs.logprobs, requires_grad=False)
     credited = _credited_kl(inputs, config)
     baseline = _baseline_ratios(inputs, config) * leave_one_out_baseline(credited, group_size=group_size)
-    return _checked(config.beta * (baseline - _scored_ratios(inputs, config) * credited), inputs)
+    return _checked(config.beta * (baseline - _scored(credited, inputs, config)), inputs)
 
 
 def leave_one_out_baseline(values: Tensor, *, group_size: int) -> Tensor:
@@ -239,11 +242,11 @@ def _baseline_ratios(inputs: TokenInputs, config: KLConfig) -> Tensor:
         return torch.ones_like(inputs.logprobs)
 
 
-def _scored_ratios(inputs: TokenInputs, config: KLConfig) -> Tensor:
-    """``[B, T]``, detached: the ratio that belongs to the scored token rather than to the KL it answers for."""
+def _scored(credited: Tensor, inputs: TokenInputs, config: KLConfig) -> Tensor:
+    """``[B, T]``, detached: with the ratio that belongs to the scored token rather than to the KL it answers for."""
     if config.correction is Correction.TOKEN:
-        return inputs.token_ratios().detach()
-    return torch.ones_like(inputs.logprobs, requires_grad=False)
+        return inputs.token_ratios().detach() * credited
+    return credited
 
 
 def _credited(terms: Tensor, config: KLConfig) -> Tensor:
@@ -260,7 +263,7 @@ def _credited(terms: Tensor, config: KLConfig) -> Tensor:
 def _coefficients(inputs: TokenInputs, config: KLConfig) -> Tensor:
     if config.placement is Placement.LOSS:
         return torch.zeros_like(inputs.logprobs, requires_grad=False)
-    return _checked(config.beta * _scored_ratios(inputs, config) * _credited_kl(inputs, config), inputs)
+    return _checked(config.beta * _scored(_credited_kl(inputs, config), inputs, config), inputs)
 
 
 def _loss_terms(inputs: TokenInputs, config: KLConfig) -> Tensor:
@@ -289,5 +292,5 @@ def _loss_ratios(inputs: TokenInputs, config: KLConfig) -> Tensor | None:
 def _checked(values: Tensor, inputs: TokenInputs) -> Tensor:
     """Zero where masked, and finite: products of finite factors can still overflow."""
     masked = torch.where(inputs.mask, values, 0.0)
-    require_representable(masked, inputs.logprobs.detach() - inputs.ref_logprobs, what="the KL term")
+    require_representable(masked, lambda: inputs.logprobs.detach() - inputs.ref_logprobs, what="the KL term")
     return masked
