@@ -21,13 +21,19 @@ class LiveRun:
         process: that was started.
     """
 
-    def __init__(self, folder: Path, *arguments: str | Path, launcher: tuple[str, ...] = ()) -> None:
-        environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str | Path,
+        launcher: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
         words = [sys.executable, *(launcher or ("-m",)), "megatron_klrl.cli", "train", *map(str, arguments)]
         self.folder = folder
         self.process = subprocess.Popen(
             [*words, "--run-dir", str(folder)],
-            env=environment,
+            env=inherited | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,6 +1,7 @@
 """What users and machines do to a run in the middle, done to real runs: what they see, what is kept, how it goes on."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -23,12 +24,36 @@ SETTINGS = [
     "optimum.prompts=0",
 ]
 
+# Python runs a module of this name when it starts: so vLLM fails where a device's error would come up, in one rank.
+FAILING_ENGINE = """
+import os, pathlib, sys, threading, time
+
+def arm():
+    name = "vllm.v1.worker.gpu_model_runner"
+    while not hasattr(sys.modules.get(name), "GPUModelRunner"):
+        time.sleep(0.01)
+    runner = sys.modules[name].GPUModelRunner
+    healthy = runner.execute_model
+
+    def execute_model(self, *arguments, **options):
+        if pathlib.Path(os.environ["KLRL_TEST_FAILS_ONCE_THERE"]).exists():
+            raise RuntimeError("an illegal memory access was encountered")
+        return healthy(self, *arguments, **options)
+
+    runner.execute_model = execute_model
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=arm, daemon=True).start()
+"""
+
 pytestmark = pytest.mark.e2e
 
 
 @contextmanager
-def live(folder: Path, *settings: str, launcher: tuple[str, ...] = ()) -> Iterator[LiveRun]:
-    run = LiveRun(folder, RECIPE, *SETTINGS, *settings, launcher=launcher)
+def live(
+    folder: Path, *settings: str, launcher: tuple[str, ...] = (), environment: dict[str, str] | None = None
+) -> Iterator[LiveRun]:
+    run = LiveRun(folder, RECIPE, *SETTINGS, *settings, launcher=launcher, environment=environment)
     try:
         yield run
     finally:
@@ -96,6 +121,30 @@ def test_a_killed_rank_is_named_with_its_phase_and_the_run_goes_on(tmp_path: Pat
     assert f"at step {saved[-1]}" in out
     assert marker(folder)["signal"] == "SIGTERM"
     assert len(checkpoints(folder)) == 3, "the two newest, and the one that was resumed from"
+
+
+@pytest.mark.long
+def test_an_engine_that_fails_is_named_with_its_rank_and_the_run_goes_on(tmp_path: Path) -> None:
+    folder, flag, modules = tmp_path / "run", tmp_path / "fail", tmp_path / "modules"
+    modules.mkdir()
+    (modules / "sitecustomize.py").write_text(FAILING_ENGINE)
+    inherited = os.environ.get("PYTHONPATH", "")
+    environment = {"PYTHONPATH": f"{modules}:{inherited}".rstrip(":"), "KLRL_TEST_FAILS_ONCE_THERE": str(flag)}
+    with live(folder, environment=environment) as run:
+        run.wait_for_step(4)
+        flag.touch()
+        code, _, err = run.end()
+    assert code == 1
+    (line,) = told(err)
+    assert line.startswith("klrl: rank 1, step ")
+    assert ", generate: " in line
+    assert "RuntimeError: an illegal memory access was encountered (traceback in " in line
+    saved = checkpoints(folder)
+    assert saved
+    assert all(step % 2 == 0 for step in saved)
+    flag.unlink()
+    with live(folder, "--resume", environment=environment) as run:
+        run.wait_for_step(saved[-1] + 2)
 
 
 @pytest.mark.long
