@@ -2,8 +2,9 @@
 # Installs Transformer Engine into an environment that has torch: environment/gpu/build_transformer_engine.sh PYTHON [ARCHS]
 #   PYTHON  of the environment (.venv/bin/python)
 #   ARCHS   compute capabilities to compile for, as 90 (Hopper, the default) or 90;100
-# Its torch part has no wheel: it is compiled here, 12 CPU-minutes with one job (MAX_JOBS=1, which needs the least
-# memory). Needs nvcc of CUDA 13 and a C++ compiler; no GPU and no driver. KEEP=FOLDER keeps the wheels there.
+# Its torch part has no wheel: it is compiled here, 23 CPU-minutes (MAX_JOBS=1, the default, needs the least memory).
+# Needs nvcc of CUDA 13 and a C++ compiler; no GPU and no driver. KEEP=FOLDER keeps the wheels there, and takes
+# those that are there already.
 set -eu
 
 python=${1:?usage: build_transformer_engine.sh PYTHON [ARCHS]}
@@ -14,6 +15,7 @@ say() { echo "[transformer-engine] $*"; }
 fail() { echo "[transformer-engine] $*" >&2; exit 2; }
 
 "$python" -c 'import torch' 2>/dev/null || fail "$python has no torch; install the pinned set first"
+"$python" -c 'import onnx, onnxscript' 2>/dev/null || fail "$python lacks onnx or onnxscript of environment/gpu/gpu.txt"
 CUDA_HOME=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)")")")}
 [ -x "$CUDA_HOME/bin/nvcc" ] || fail "no nvcc; install the CUDA 13 toolkit or set CUDA_HOME"
 export CUDA_HOME
@@ -30,12 +32,20 @@ say "fetching $version"
     "transformer-engine==$version" "transformer-engine-cu13==$version"
 "$python" -m pip install --quiet --no-deps pybind11
 "$python" -m pip install --quiet --no-deps "$wheels"/transformer_engine-*.whl "$wheels"/transformer_engine_cu13-*.whl
-say "compiling the torch part for $archs with $MAX_JOBS jobs"
-"$python" -m pip wheel --quiet --no-deps --no-build-isolation --no-binary :all: --wheel-dir "$wheels" \
-    "transformer-engine-torch==$version"
+if [ -z "$(find "$wheels" -name "transformer_engine_torch-$version-*.whl")" ]; then
+    say "compiling the torch part for $archs with $MAX_JOBS jobs; nothing is shown until it is done"
+    "$python" -m pip wheel --quiet --no-deps --no-build-isolation --no-binary :all: --wheel-dir "$wheels" \
+        "transformer-engine-torch==$version"
+fi
 "$python" -m pip install --quiet --no-deps "$wheels"/transformer_engine_torch-*.whl
 
 libraries=$(find "$site"/nvidia -maxdepth 2 -name lib -type d | tr '\n' ':')
-LD_LIBRARY_PATH="$libraries${LD_LIBRARY_PATH:-}" "$python" -c 'import transformer_engine.pytorch' \
-    || fail "built, but it does not import"
-say "installed; whoever imports it needs LD_LIBRARY_PATH=$libraries"
+export LD_LIBRARY_PATH="$libraries${LD_LIBRARY_PATH:-}"
+needs="LD_LIBRARY_PATH=$libraries"
+if [ "$site" != "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" ]; then
+    # it looks for these beside itself, and torch lies in an environment below this one
+    export CUDNN_HOME="$site/nvidia/cudnn" NVRTC_HOME="$site/nvidia/cu13" CURAND_HOME="$site/nvidia/cu13"
+    needs="$needs CUDNN_HOME=$CUDNN_HOME NVRTC_HOME=$NVRTC_HOME CURAND_HOME=$CURAND_HOME"
+fi
+"$python" -c 'import transformer_engine.pytorch' || fail "built, but it does not import"
+say "installed; whoever imports it needs $needs"
