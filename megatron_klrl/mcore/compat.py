@@ -26,6 +26,7 @@ def run_on_cpu() -> bool:
         return False
     if not _CudaMeansCpu.entered:
         _replace_cuda_functions()
+        _replace_cuda_kernels()
         _CudaMeansCpu().__enter__()
     return True
 
@@ -94,6 +95,25 @@ def _replace_cuda_functions() -> None:
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.default_generator.get_state()
     # Megatron's own setter writes to torch.cuda.default_generators, which is empty here
     megatron_random._set_cuda_rng_state = _set_default_rng_state
+
+
+def _replace_cuda_kernels() -> None:
+    """Give Megatron's optimizers what they have where no Transformer Engine is installed.
+
+    With it they take its Adam and its kernels over lists of tensors, whatever device the tensors are on.
+    """
+    from megatron.core import optimizer as optimizers  # noqa: PLC0415  heavy, and only wanted on CPU
+    from megatron.core import utils  # noqa: PLC0415
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer  # noqa: PLC0415
+
+    every: Any = (optimizers, clip_grads, distrib_optimizer, optimizer)
+    optimizers, clip_grads, distrib_optimizer, optimizer = every
+    optimizers.Adam, optimizers.SGD, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, torch.optim.SGD, True
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_tensor_impl = utils.local_multi_tensor_l2_norm, None
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
 
 
 def _set_default_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:

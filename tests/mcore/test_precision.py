@@ -2,9 +2,11 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from megatron_klrl.config.model_folder import describe_model
 from megatron_klrl.config.precision import alignment
@@ -145,5 +147,11 @@ def test_the_programs_of_the_gpu_tests_run(dense: Path) -> None:
     assert first.gradients.keys() == second.gradients.keys()
 
 
-def test_a_checkpoint_of_experts_carries_over(tmp_path: Path) -> None:
-    assert run_ranks(1, carried, write_model(tmp_path / "m", MIXTURE), "local", "local", "float32") == [True]
+@pytest.mark.parametrize("model", [*FAMILIES.values(), MIXTURE], ids=[*FAMILIES, "mixture"])
+@pytest.mark.parametrize(("writes", "reads"), [("local", "local"), ("fused", "local"), ("local", "fused")])
+def test_a_checkpoint_of_one_kind_of_layers_goes_on_in_the_other(
+    tmp_path: Path, model: Any, writes: str, reads: str
+) -> None:
+    if "fused" in (writes, reads) and not HAVE_TE:
+        pytest.skip("Transformer Engine is not installed")
+    assert run_ranks(1, carried, write_model(tmp_path / "m", model), writes, reads, "float32") == [True]
