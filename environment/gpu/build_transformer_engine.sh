@@ -3,8 +3,7 @@
 #   PYTHON  of the environment (.venv/bin/python)
 #   ARCHS   compute capabilities to compile for, as 90 (Hopper, the default) or 90;100
 # Its torch part has no wheel: it is compiled here, 23 CPU-minutes (MAX_JOBS=1, the default, needs the least memory).
-# Needs nvcc of CUDA 13 and a C++ compiler; no GPU and no driver. KEEP=FOLDER keeps the wheels there, and takes
-# those that are there already.
+# Needs nvcc of CUDA 13 and a C++ compiler; no GPU and no driver. KEEP=FOLDER keeps the wheels there.
 set -eu
 
 python=${1:?usage: build_transformer_engine.sh PYTHON [ARCHS]}
@@ -32,11 +31,9 @@ say "fetching $version"
     "transformer-engine==$version" "transformer-engine-cu13==$version"
 "$python" -m pip install --quiet --no-deps pybind11
 "$python" -m pip install --quiet --no-deps "$wheels"/transformer_engine-*.whl "$wheels"/transformer_engine_cu13-*.whl
-if [ -z "$(find "$wheels" -name "transformer_engine_torch-$version-*.whl")" ]; then
-    say "compiling the torch part for $archs with $MAX_JOBS jobs; nothing is shown until it is done"
-    "$python" -m pip wheel --quiet --no-deps --no-build-isolation --no-binary :all: --wheel-dir "$wheels" \
-        "transformer-engine-torch==$version"
-fi
+say "compiling the torch part for $archs with $MAX_JOBS jobs; nothing is shown until it is done"
+"$python" -m pip wheel --quiet --no-deps --no-build-isolation --no-binary :all: --wheel-dir "$wheels" \
+    "transformer-engine-torch==$version"
 "$python" -m pip install --quiet --no-deps "$wheels"/transformer_engine_torch-*.whl
 
 libraries=$(find "$site"/nvidia -maxdepth 2 -name lib -type d | tr '\n' ':')
