@@ -178,7 +178,10 @@ def _batching(recipe: Recipe) -> Batching:
 
 
 def _products(recipe: Recipe) -> Products:
-    return Products(fp8=recipe.precision.fp8, first_last_bf16=recipe.precision.first_last_bf16)
+    precision = recipe.precision
+    return Products(
+        fp8=precision.fp8, first_last_bf16=precision.first_last_bf16, primary_weights=precision.fp8_primary_weights
+    )
 
 
 def build_engine(recipe: Recipe, place: Site, *, folder: Path | None = None) -> VLLMEngine:

@@ -61,7 +61,7 @@ def gradient(
 
             return check_gradient_rank(resolved, batches=batches, as_json=as_json)
 
-        job = _Job(name="gradient", options=("--batches", str(batches)), check=_check_has_kl, report=report)
+        job = _Job(name="gradient", options=("--batches", str(batches)), check=_check_gradient, report=report)
         _run(job, recipe, overrides or (), as_json=as_json, traceback=traceback)
 
 
@@ -171,9 +171,13 @@ def _run(job: _Job, recipe: Path, overrides: Sequence[str], *, as_json: bool, tr
     _here_or_in_ranks(["check", job.name], options, preparation.recipe, ranks=preparation.world_size, work=work)
 
 
-def _check_has_kl(recipe: Recipe) -> None:
+def _check_gradient(recipe: Recipe) -> None:
     if recipe.kl.beta == 0:
         raise UserError("is 0: there is no KL term to check", field="kl.beta", fix="set kl.beta above 0")
+    if recipe.precision.fp8_primary_weights:
+        problem = "is true: this check moves weights by less than 8 bits can show"
+        fix = "set precision.fp8_primary_weights=false for it"
+        raise UserError(problem, field="precision.fp8_primary_weights", fix=fix)
 
 
 def _flags(*, as_json: bool, traceback: bool) -> list[str]:

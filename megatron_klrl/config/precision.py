@@ -20,6 +20,13 @@ _RANGES: Mapping[Fp8, tuple[Capability, Capability | None]] = {
 """From which capability, and up to which excluded. Transformer Engine 2.20 has the same bounds, but refuses only in the
 first product of the first step; from 10.0 on it computes blockwise with mxfp8's products, which 12.0 does not have."""
 
+_NO_PRIMARY_WEIGHTS = {
+    Fp8.DELAYED: "a weight has no scale before the first update, and the reference never has one",
+    Fp8.MXFP8: "the optimizer would have to gather exact weights through the gradients' memory",
+}
+"""Why a format is for products alone. Transformer Engine 2.20 starts delayed scaling at a scale of 1, where a weight of
+0.02 is ten of the smallest steps; Megatron-Core 0.19 has no buffer of their own for mxfp8 weights."""
+
 _ALIGNMENT = {Fp8.NONE: 1, Fp8.TENSORWISE: 16, Fp8.DELAYED: 16, Fp8.BLOCKWISE: 128, Fp8.MXFP8: 32}
 
 
@@ -83,9 +90,10 @@ def check_fp8_settings(recipe: Recipe, shape: ModelShape) -> None:
     """8-bit products stand beside bf16, and the sizes of the model's matrices fit them."""
     precision = recipe.precision
     if precision.fp8 is Fp8.NONE:
-        if precision.first_last_bf16:
-            fix = "set precision.first_last_bf16=false, or precision.fp8"
-            raise UserError("is true, but precision.fp8 is none", field="precision.first_last_bf16", fix=fix)
+        for name in ("first_last_bf16", "fp8_primary_weights"):
+            if getattr(precision, name):
+                fix = f"set precision.{name}=false, or precision.fp8"
+                raise UserError("is true, but precision.fp8 is none", field=f"precision.{name}", fix=fix)
         return
     if precision.dtype is not Dtype.BF16:
         problem = f"is {precision.dtype}, but what 8-bit products do not take is bf16"
@@ -94,6 +102,10 @@ def check_fp8_settings(recipe: Recipe, shape: ModelShape) -> None:
         problem = "is true, but delayed scaling keeps its numbers for all layers together"
         fix = "set precision.first_last_bf16=false, or precision.fp8=tensorwise"
         raise UserError(problem, field="precision.first_last_bf16", fix=fix)
+    if precision.fp8_primary_weights and precision.fp8 in _NO_PRIMARY_WEIGHTS:
+        problem = f"is true, but with precision.fp8={precision.fp8} {_NO_PRIMARY_WEIGHTS[precision.fp8]}"
+        fix = "set precision.fp8_primary_weights=false, or precision.fp8=tensorwise"
+        raise UserError(problem, field="precision.fp8_primary_weights", fix=fix)
     _check_sizes(recipe, shape)
 
 

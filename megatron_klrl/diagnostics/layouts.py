@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_klrl.config.model_folder import ModelShape
-from megatron_klrl.config.recipe import Dtype, Fp8, Recipe, Recompute
+from megatron_klrl.config.recipe import Dtype, PrecisionSection, Recipe, Recompute
 from megatron_klrl.errors import UserError
 
 ONE_RANK = "one"
@@ -64,11 +64,13 @@ def named_layout(name: str, recipe: Recipe, *, longest_row: int) -> NamedLayout:
         "parallel": parallel,
         "loop": rows,
         "memory": {"recompute": Recompute.FULL if "recompute" in parts else Recompute.NONE},
-        "precision": {"dtype": Dtype.FP32, "fp8": Fp8.NONE},
         "generation": {"tensor": 1},
         "launch": {"ranks": ranks},
     }
-    changed = {name: getattr(recipe, name).model_copy(update=update) for name, update in updates.items()}
+    changed: dict[str, Any] = {
+        name: getattr(recipe, name).model_copy(update=update) for name, update in updates.items()
+    }
+    changed["precision"] = PrecisionSection(dtype=Dtype.FP32)
     return NamedLayout(name=name, ranks=ranks, recipe=recipe.model_copy(update=changed))
 
 

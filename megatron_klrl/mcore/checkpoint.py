@@ -9,7 +9,13 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_klrl.errors import UserError
-from megatron_klrl.mcore.compat import keep_bucket_padding, torch_adam_finish_load, torch_adam_prepare_load
+from megatron_klrl.mcore.compat import (
+    keep_bucket_padding,
+    take_weights_of,
+    torch_adam_finish_load,
+    torch_adam_prepare_load,
+    whole_numbers,
+)
 from megatron_klrl.mcore.data_only import NotDataError, data_only, read_index
 from megatron_klrl.mcore.groups import ProcessGroups
 from megatron_klrl.mcore.model import unwrap
@@ -58,6 +64,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, groups: Process
     _fill(chunks, loaded)
     optimizer.load_state_dict(loaded["optimizer"])
     torch_adam_finish_load(optimizer)
+    take_weights_of(optimizer)
 
 
 def save_model(folder: Path, chunks: Sequence[Any], *, groups: ProcessGroups) -> None:
@@ -88,7 +95,7 @@ def _read(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     try:
         read_index(folder)
         with data_only():
-            loaded: Any = dist_checkpointing.load(wanted, str(folder))
+            loaded: Any = dist_checkpointing.load(wanted, str(folder), sharded_strategy=whole_numbers())
     except CheckpointException as error:
         raise _unusable(folder, causes(error)) from error
     except (

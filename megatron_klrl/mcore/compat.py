@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -150,6 +151,30 @@ def torch_adam_finish_load(optimizer: Any) -> None:
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+def take_weights_of(optimizer: Any) -> None:
+    """Round the model's weights from the optimizer's float32 ones, as every step does at its end.
+
+    Upstream cause (megatron-core 0.19.2): loading fills both on their own. Where one run keeps bf16 weights and the
+    other 8-bit ones, the model would go by what the other had until its next step: not the run that was saved.
+    Can go when ``tests/mcore/test_primary_weights.py::test_a_checkpoint_goes_on`` passes without this call.
+    """
+    for part in _parts(optimizer):
+        if hasattr(part, "start_param_sync_for_bucket_group_subset"):
+            part._copy_main_params_to_model_params()
+            part.start_param_sync_for_bucket_group_subset()
+
+
+def whole_numbers() -> TorchDistLoadShardedStrategy:
+    """Read a checkpoint into tensors of the type that 8-bit weights go by; the model rounds each of them once, whole.
+
+    Upstream cause (megatron-core 0.19.2, strategies/torch.py): by default each piece that is read is rounded into its
+    place at once. Pieces of one weight, gate and up or what other ranks had written, share its scale, so that all of
+    them get the last one's: weights come back wrong by the ratio of their largest numbers, without an error.
+    Can go when ``tests/mcore/test_primary_weights.py::test_a_reference_follows_and_comes_back`` passes without it.
+    """
+    return TorchDistLoadShardedStrategy(stream_ckpt_dequant=False)
 
 
 def keep_bucket_padding(optimizer: Any) -> None:

@@ -15,6 +15,7 @@ from megatron_klrl.errors import UserError
 from megatron_klrl.mcore import layout
 from megatron_klrl.mcore.blocks import blocks
 from megatron_klrl.mcore.groups import ProcessGroups
+from megatron_klrl.mcore.quantised import Values, numbers, to_write, written
 from megatron_klrl.weight_sync.plan import Bucket, Share, Whole, buckets
 
 
@@ -91,26 +92,28 @@ def fill(
     groups: ProcessGroups,
 ) -> None:
     """Copy this rank's part of a parameter out of whole Hugging Face tensors; padding of the vocabulary is zero."""
+    new = to_write(target)
     if source.cut is layout.Cut.VOCAB_ROWS:
-        target.zero_()
+        new.zero_()
     for block in blocks(source, shape, rank=groups.tp.rank(), ranks=groups.tp.size()):
-        block.of_part(target).copy_(block.of_whole(tensors[block.name]))
+        block.of_part(new).copy_(block.of_whole(tensors[block.name]))
+    written(target, new)
 
 
 def parts_by_name(
     chunks: Sequence[GPTModel],
     *,
     groups: ProcessGroups,
-    value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.detach(),
-) -> dict[str, Tensor]:
-    """This rank's parts under their global names.
+    value: Callable[[torch.nn.Parameter], Tensor] = numbers,
+) -> Mapping[str, Tensor]:
+    """This rank's parts under their global names, each taken when it is looked up.
 
     Args:
         chunks: this rank's part of the model.
         groups: the layout.
-        value: what to take of a parameter; its gradient, for example.
+        value: what to take of a parameter: the numbers it stands for, or its gradient, for example.
     """
-    return {name: value(parameter) for name, parameter in local_parameters(chunks, groups=groups)}
+    return Values(dict(local_parameters(chunks, groups=groups)), value=value)
 
 
 def plan(

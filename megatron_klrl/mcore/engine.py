@@ -1,7 +1,7 @@
 """The training engine: one policy, at most one reference, in any Megatron layout."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -357,11 +357,14 @@ class MegatronEngine:
 
     def _reference(self, folder: Path) -> Reference:
         settings = self._settings
-        chunks = self._plain_chunks(folder, settings.dtype)
+        with torch.no_grad():  # 8-bit weights then have no second copy, which only a backward reads
+            chunks = self._plain_chunks(folder, settings.dtype)
         keeps_exact = settings.averages_reference and settings.dtype != torch.float32
-        return Reference(chunks, exact=self._plain_chunks(folder, torch.float32) if keeps_exact else None)
+        plain = replace(settings.products, primary_weights=False)
+        exact = self._plain_chunks(folder, torch.float32, products=plain) if keeps_exact else None
+        return Reference(chunks, exact=exact)
 
-    def _plain_chunks(self, folder: Path, dtype: torch.dtype) -> list[Any]:
+    def _plain_chunks(self, folder: Path, dtype: torch.dtype, *, products: Products | None = None) -> list[Any]:
         return plain_chunks(
             self.shape,
             folder,
@@ -371,7 +374,7 @@ class MegatronEngine:
             sequence_parallel=self._settings.batching.sequence_parallel,
             recompute=self._settings.recompute,
             layers=self._settings.layers,
-            products=self._settings.products,
+            products=products or self._settings.products,
         )
 
 

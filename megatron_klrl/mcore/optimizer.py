@@ -47,6 +47,7 @@ def trained(
         use_distributed_optimizer=True,
         # Clipping finds the norm, and the loop refuses one that is not finite on all ranks alike and in words.
         check_for_nan_in_grad=settings.clip_grad == 0,
+        fp8_param_gather=config.fp8_param,
     )
     wrapped: list[Any] = [
         # only the first chunk's gradients are worth reducing early: the others' come in one go at the end
@@ -64,6 +65,7 @@ def trained(
             clip_grad=settings.clip_grad,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
+            fp8_recipe=config.fp8_recipe if config.fp8_param else None,
             use_distributed_optimizer=True,
         ),
         wrapped,

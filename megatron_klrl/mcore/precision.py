@@ -20,10 +20,12 @@ class Products:
     Attributes:
         fp8: scaling of 8-bit numbers; none takes the numbers as they are.
         first_last_bf16: the first and the last layer do in any case.
+        primary_weights: what is multiplied in 8 bits is kept in 8 bits alone; the optimizer has the exact weights.
     """
 
     fp8: Fp8 = Fp8.NONE
     first_last_bf16: bool = False
+    primary_weights: bool = False
 
     @property
     def token_multiple(self) -> int:
@@ -37,6 +39,7 @@ class Products:
         found: dict[str, Any] = {
             "fp8": "e4m3" if self.fp8 in _E4M3 else "hybrid",
             "fp8_recipe": self.fp8.value,
+            "fp8_param": self.primary_weights,
             "first_last_layers_bf16": self.first_last_bf16,
             "num_layers_at_start_in_bf16": 1,
             "num_layers_at_end_in_bf16": 1,

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_klrl.mcore import checkpoint
 from megatron_klrl.mcore.groups import ProcessGroups
 from megatron_klrl.mcore.model import unwrap
+from megatron_klrl.mcore.quantised import numbers
 
 
 class Reference:
@@ -40,9 +41,9 @@ class Reference:
         """
         for target, source in _pairs(self._kept, policy):
             if decay == 0:
-                target.copy_(source)
+                target.copy_(numbers(source))
             else:
-                target.lerp_(source.to(target.dtype), 1 - decay)
+                target.lerp_(numbers(source).to(target.dtype), 1 - decay)
         if self._kept is not self.chunks:
             for target, source in _pairs(self.chunks, self._kept):
                 target.copy_(source)

@@ -14,6 +14,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_klrl.mcore.compat import write_in_this_process
+from megatron_klrl.mcore.quantised import numbers
 
 
 class Writing:
@@ -57,7 +58,7 @@ class Writing:
 def _copied(buckets: Sequence[Any]) -> list[Any]:
     """The same plan over tensors of its own: the next update changes the live ones."""
     return [
-        (file, key, (data, [(item, tensor.detach().to("cpu", copy=True)) for item, tensor in tensors]))
+        (file, key, (data, [(item, numbers(tensor).to("cpu", copy=True)) for item, tensor in tensors]))
         for file, key, (data, tensors) in buckets
     ]
 

@@ -83,6 +83,20 @@ class Stage:
         kinds = self.layout.kinds(self.model, self.number)
         return sum(count * self.model.expert_part(number, expert=self.layout.expert) for number, count in kinds)
 
+    @property
+    def multiplied(self) -> int:
+        """Parameters on this rank that are multiplied in 8 bits: of its layers, where norms are too small to count."""
+        if not self.work.fp8:
+            return 0
+        numbers = [number for number, count in self.layout.kinds(self.model, self.number) for _ in range(count)]
+        if self.recipe.precision.first_last_bf16:
+            numbers = numbers[self.number == 0 : len(numbers) - self.is_last]
+        return sum(
+            self.model.dense_part(number, tensor=self.layout.tensor)
+            + self.model.expert_part(number, expert=self.layout.expert)
+            for number in numbers
+        )
+
     def per_token(self) -> list[tuple[int, PerToken]]:
         """Of its layers: how many there are of a kind, and what one of them takes."""
         return [(count, self._layer(number)) for number, count in self.layout.kinds(self.model, self.number)]
@@ -126,14 +140,19 @@ def phases(stage: Stage) -> list[PhaseMemory]:
 
 
 def _always(stage: Stage) -> dict[str, int]:
-    """Weights, and those of the reference, which also has a float32 twin where it follows the policy in bf16."""
-    numbers, width = stage.dense + stage.experts, stage.work.number_bytes
-    found = {"weights": numbers * width}
-    if stage.work.fp8:
-        found["fp8 copies of weights"] = numbers * 2  # along rows and along columns
+    """Weights, and those of the reference, which also has a float32 twin where it follows the policy in bf16.
+
+    Weights in 8 bits lie along rows and along columns, the reference's, which has no backward, along rows alone.
+    """
+    numbers, width, small = stage.dense + stage.experts, stage.work.number_bytes, stage.multiplied
+    plain = numbers - small if stage.recipe.precision.fp8_primary_weights else numbers
+    found = {"weights": plain * width}
+    if small:
+        primary = stage.recipe.precision.fp8_primary_weights
+        found["fp8 weights" if primary else "fp8 copies of weights"] = 2 * small
     if stage.work.has_reference:
         exact = stage.recipe.reference.ema is not None and width < FP32_BYTES
-        found["reference"] = numbers * (width + (FP32_BYTES if exact else 0))
+        found["reference"] = plain * width + small + (numbers * FP32_BYTES if exact else 0)
     return found | ({"buckets": _buckets(stage)} if _shares_memory(stage) else {})
 
 

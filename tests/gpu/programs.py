@@ -36,7 +36,8 @@ class Update:
 
 def update(folder: Path, layers: str | None, fp8: str, dtype: str, options: dict[str, Any]) -> Update:
     """Score a batch, take its gradient, step."""
-    products = Products(fp8=Fp8(fp8), first_last_bf16=bool(options.pop("first_last_bf16", False)))
+    names = ("first_last_bf16", "primary_weights")
+    products = Products(fp8=Fp8(fp8), **{name: bool(options.pop(name, False)) for name in names})
     how = {"layers": None if layers is None else Layers(layers), "products": products, "dtype": getattr(torch, dtype)}
     with trainer(folder, **how, **options) as engine:
         batch = rollout_batch(rows=ROWS, width=WIDTH, vocab_size=VOCAB)

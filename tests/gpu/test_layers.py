@@ -1,6 +1,7 @@
 """Transformer Engine's layers against Megatron's local ones, and 8-bit products against bf16."""
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from megatron_klrl.config.precision import fp8_refusal
 from megatron_klrl.config.recipe import Fp8
 from tests.gpu.programs import Update, carried, update
+from tests.mcore.test_primary_weights import SHAPE, following, training
+from tests.mcore.test_primary_weights import carried as kept_or_not
+from tests.support.models import write_model
 from tests.support.ranks import run_ranks
 
 # nats; bf16 carries 8 bits, so two orders of adding differ by a per cent of a logit here and there
@@ -23,6 +27,11 @@ def _transformer_engine() -> None:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError) as error:
         pytest.skip(f"Transformer Engine cannot be imported: {error}")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "small", SHAPE)
 
 
 def one(folder: Path, layers: str, fp8: str = "none", **options: object) -> Update:
@@ -67,6 +76,28 @@ def test_8_bit_products_stay_in_their_band(dense: Path, fp8: Fp8, options: dict[
     rounded, exact = one(dense, "fused", str(fp8), **options), one(dense, "fused", **options)
     assert 0 < gap(rounded, exact).mean() < FP8_MEAN, "8-bit products differ, and not by much"
     assert rounded.loss == pytest.approx(exact.loss, abs=FP8_LOSS * max(1.0, abs(exact.loss)))
+
+
+@pytest.mark.parametrize("fp8", [Fp8.TENSORWISE, Fp8.BLOCKWISE])
+def test_weights_in_8_bits_alone_are_those_that_bf16_ones_are_rounded_to(dense: Path, fp8: Fp8) -> None:
+    refused = fp8_refusal(fp8, [torch.cuda.get_device_capability()])
+    if refused is not None:
+        pytest.skip(refused)
+    alone, copied = one(dense, "fused", str(fp8), primary_weights=True), one(dense, "fused", str(fp8))
+    assert gap(alone, copied).mean() < BF16_MEAN
+    assert alone.loss == pytest.approx(copied.loss, rel=0.05)
+    assert alone.grad_norm == pytest.approx(copied.grad_norm, rel=0.05)
+
+
+@pytest.mark.parametrize("program", [training, following], ids=["training", "reference"])
+def test_weights_in_8_bits_alone_are_trained_and_followed(small: Path, program: Callable[..., list[bool]]) -> None:
+    arguments = [False] if program is following else []
+    assert all(run_ranks(1, program, small, *arguments)[0])
+
+
+@pytest.mark.parametrize(("written_by", "read_by"), [("8 bits", "8 bits"), ("8 bits", "bf16"), ("bf16", "8 bits")])
+def test_a_checkpoint_of_8_bit_weights_goes_on(small: Path, written_by: str, read_by: str) -> None:
+    assert run_ranks(1, kept_or_not, small, written_by, read_by) == [[True, True]]
 
 
 def test_first_and_last_layer_in_bf16_round_less(dense: Path) -> None:

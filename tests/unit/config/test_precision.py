@@ -70,6 +70,15 @@ def test_the_fix_is_what_the_gpu_has(tmp_path: Path) -> None:
         (["precision.fp8=tensorwise", "precision.dtype=fp32"], "precision.dtype: is fp32"),
         (["precision.first_last_bf16=true"], "precision.first_last_bf16: is true, but precision.fp8 is none"),
         (["precision.fp8=delayed", "precision.first_last_bf16=true"], "precision.first_last_bf16: .* delayed scaling"),
+        (["precision.fp8_primary_weights=true"], "precision.fp8_primary_weights: is true, but precision.fp8 is none"),
+        (
+            ["precision.fp8=delayed", "precision.fp8_primary_weights=true"],
+            "precision.fp8_primary_weights: .*delayed a weight has no scale before the first update",
+        ),
+        (
+            ["precision.fp8=mxfp8", "precision.fp8_primary_weights=true"],
+            "precision.fp8_primary_weights: .*mxfp8 the optimizer would have to gather",
+        ),
         (["precision.fp8=blockwise"], "multiples of 128, but the hidden size are 64. Fix: set precision.fp8=none or "),
         (
             ["precision.fp8=mxfp8", "parallel.tensor=4"],
@@ -86,6 +95,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path, overrides: list[str], 
 def test_settings_that_go_together(tmp_path: Path) -> None:
     shape = describe_model(make_folder(tmp_path / "m"))
     check_fp8_settings(recipe(tmp_path, "precision.fp8=tensorwise", "precision.first_last_bf16=true"), shape)
+    check_fp8_settings(recipe(tmp_path, "precision.fp8=tensorwise", "precision.fp8_primary_weights=true"), shape)
     check_fp8_settings(recipe(tmp_path), shape)
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from megatron_klrl.config.load import load_recipe
 from megatron_klrl.config.model_folder import describe_model
-from megatron_klrl.config.recipe import Dtype, Recompute
+from megatron_klrl.config.recipe import Dtype, Fp8, PrecisionSection, Recompute
 from megatron_klrl.diagnostics.layout_check import BOUND, compare
 from megatron_klrl.diagnostics.layouts import default_layouts, named_layout
 from megatron_klrl.errors import UserError
@@ -37,6 +37,12 @@ def test_a_name_says_the_whole_layout(name: str, ranks: int, sizes: dict[str, in
     assert parallel.model_dump() == plain | sizes
     assert found.recipe.precision.dtype is Dtype.FP32
     assert found.recipe.launch.ranks == ranks
+
+
+def test_comparisons_are_in_float32_whatever_the_recipe_rounds_to() -> None:
+    rounded = PrecisionSection(fp8=Fp8.TENSORWISE, first_last_bf16=True, fp8_primary_weights=True)
+    found = named_layout("tp2", RECIPE.model_copy(update={"precision": rounded}), longest_row=30)
+    assert found.recipe.precision == PrecisionSection(dtype=Dtype.FP32)
 
 
 def test_rows_and_recompute_are_part_of_a_name() -> None:

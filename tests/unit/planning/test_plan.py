@@ -156,6 +156,31 @@ def test_fp8_needs_hardware_for_it(tmp_path: Path) -> None:
     assert ratio == pytest.approx(1979 / 989)
 
 
+def test_what_8_bits_take_and_save(tmp_path: Path) -> None:
+    """Of the policy's layers along rows and columns, of the reference's along rows; embedding and output stay bf16."""
+    layout, fp8 = Layout(gpus=8), "precision.fp8=tensorwise"
+    asked = {
+        "copies": wanted(tmp_path, QWEN25_7B, fp8),
+        "primary": wanted(tmp_path, QWEN25_7B, fp8, "precision.fp8_primary_weights=true"),
+        "inner": wanted(
+            tmp_path, QWEN25_7B, fp8, "precision.fp8_primary_weights=true", "precision.first_last_bf16=true"
+        ),
+    }
+    model = asked["copies"].model
+    layers = model.parameters - 2 * model.vocab * model.hidden - model.hidden
+    rest = model.parameters - layers
+    found = {name: parts(plan(one, layout), "score") for name, one in asked.items()}
+    assert found["copies"]["weights"] == 2 * model.parameters
+    assert found["copies"]["fp8 copies of weights"] == 2 * layers
+    assert found["copies"]["reference"] == 2 * model.parameters + layers
+    assert found["primary"]["weights"] == 2 * rest
+    assert found["primary"]["fp8 weights"] == 2 * layers
+    assert found["primary"]["reference"] == 2 * rest + layers
+    inner = layers // 28 * 26
+    assert found["inner"]["fp8 weights"] == 2 * inner
+    assert found["inner"]["weights"] == 2 * (model.parameters - inner)
+
+
 def test_the_recipes_own_layout(tmp_path: Path) -> None:
     asked = recipe(tmp_path, "parallel.tensor=4", "parallel.sequence=true", "generation.tensor=2")
     assert of_recipe(asked, gpus=16) == Layout(gpus=16, tensor=4, sequence=True, engine_tensor=2)
