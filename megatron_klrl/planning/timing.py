@@ -124,27 +124,39 @@ def _train(stage: Stage, hardware: Hardware) -> dict[str, float]:
 
 
 def _generate(stage: Stage, hardware: Hardware) -> dict[str, float]:
-    """Waves of sequences, each a prefill and then a step for each token."""
+    """Waves of sequences, each a prefill and then a step for each token; at the end the longest response, alone.
+
+    Of a step's many responses one is taken to reach the limit, whatever they are on average: the phase waits for it.
+    """
     layout, model, work = stage.layout, stage.model, stage.work
     at_once = concurrent(stage)
     engines = layout.gpus // layout.engine_tensor
     waves = -(-work.sequences // (engines * at_once))
-    read = _read_weights(stage, at_once)
-    cached = at_once * (work.prompt + work.response / 2) * cache_bytes_per_token(stage)
-    bandwidth = (read / layout.engine_tensor + cached) / (hardware.memory_tb_s * 1e12 * hardware.memory_share)
     rate = _flops_per_s(stage, hardware) * layout.engine_tensor
-    compute = 2.0 * model.active_parameters * at_once / rate
-    steps = waves * work.response
-    prefill = waves * at_once * work.prompt * 2.0 * model.active_parameters / rate
-    # a decoding step takes the longer of the two
-    parts = {COMPUTE: prefill + (steps * compute if compute > bandwidth else 0.0)}
-    parts[BANDWIDTH] = steps * bandwidth if bandwidth >= compute else 0.0
+    parts = {COMPUTE: waves * at_once * work.prompt * 2.0 * model.active_parameters / rate, BANDWIDTH: 0.0}
+    tail = max(0, work.longest - work.prompt - work.response)
+    for steps, sequences, length in (
+        (waves * work.response, at_once, work.prompt + work.response / 2),
+        (tail, 1, work.longest - tail / 2),
+    ):
+        for name, seconds in _decoding_step(stage, hardware, sequences=sequences, length=length).items():
+            parts[name] = parts.get(name, 0.0) + steps * seconds
+    return parts
+
+
+def _decoding_step(stage: Stage, hardware: Hardware, *, sequences: int, length: float) -> dict[str, float]:
+    """A token of each of an engine's sequences, of so many tokens on average: the longer of products and reading."""
+    layout, model = stage.layout, stage.model
+    read = _read_weights(stage, sequences) / layout.engine_tensor + sequences * length * cache_bytes_per_token(stage)
+    bandwidth = read / (hardware.memory_tb_s * 1e12 * hardware.memory_share)
+    rate = _flops_per_s(stage, hardware) * layout.engine_tensor
+    compute = 2.0 * model.active_parameters * sequences / rate
+    found = {COMPUTE: compute} if compute > bandwidth else {BANDWIDTH: bandwidth}
     if layout.engine_tensor > 1:
         name, link = _link(hardware, layout.engine_tensor)
-        share = 2 * (layout.engine_tensor - 1) / layout.engine_tensor
-        sent = 2 * model.layers * (share * at_once * model.hidden * work.number_bytes / link + _LATENCY_S)
-        parts[name] = steps * sent
-    return parts
+        sent = 2 * (layout.engine_tensor - 1) / layout.engine_tensor * sequences * model.hidden
+        found[name] = 2 * model.layers * (sent * stage.work.number_bytes / link + _LATENCY_S)
+    return found
 
 
 def _read_weights(stage: Stage, at_once: int) -> float:

@@ -147,6 +147,27 @@ def test_compute_follows_the_operations(tmp_path: Path) -> None:
     assert found.seconds == sum(phase.seconds for phase in found.times)
 
 
+def test_sampling_waits_for_the_longest_response(tmp_path: Path) -> None:
+    """Responses half as long on average as allowed: the other half of the steps, one sequence beside the weights."""
+    model = read_model(str(write(tmp_path / "model", QWEN25_7B)))
+    settings = ("generation.max_tokens=2048", "generation.max_num_seqs=64")
+    asked = [
+        request(recipe(tmp_path, *settings), model, hardware=choose("h200", []), prompt=256, response=response)
+        for response in (2048, 1024)
+    ]
+    whole, half = ({one.name: one for one in plan(one, Layout(gpus=8)).times}["generate"].parts for one in asked)
+    bytes_per_s = 4.8e12 * 0.6
+    cache = 2 * 28 * 4 * 128 * 2  # keys and values of a token, in bf16
+    waves = -(-asked[0].recipe.loop.prompts_per_step * asked[0].recipe.loop.group_size // (8 * 64))
+    weights = 2 * model.parameters
+    assert whole["memory bandwidth"] == pytest.approx(
+        waves * 2048 * (weights + 64 * (256 + 1024) * cache) / bytes_per_s
+    )
+    assert half["memory bandwidth"] == pytest.approx(
+        (waves * 1024 * (weights + 64 * (256 + 512) * cache) + 1024 * (weights + (256 + 1536) * cache)) / bytes_per_s
+    )
+
+
 def test_fp8_needs_hardware_for_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"precision.fp8: is tensorwise, but a100 has no FP8"):
         wanted(tmp_path, QWEN25_7B, "precision.fp8=tensorwise", gpu="a100")
