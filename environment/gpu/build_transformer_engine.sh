@@ -15,8 +15,11 @@ fail() { echo "[transformer-engine] $*" >&2; exit 2; }
 
 "$python" -c 'import torch' 2>/dev/null || fail "$python has no torch; install the pinned set first"
 "$python" -c 'import onnx, onnxscript' 2>/dev/null || fail "$python lacks onnx or onnxscript of environment/gpu/gpu.txt"
-CUDA_HOME=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)")")")}
+# Where the toolkit is, the compiler knows: on PATH there may be a script that calls it.
+nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
+CUDA_HOME=${CUDA_HOME:-$("$nvcc" --dryrun toolkit.cu 2>&1 | sed -n 's/^#\$ TOP=//p')}
 [ -x "$CUDA_HOME/bin/nvcc" ] || fail "no nvcc; install the CUDA 13 toolkit or set CUDA_HOME"
+[ -f "$CUDA_HOME/include/crt/host_defines.h" ] || fail "$CUDA_HOME has no include/crt; set CUDA_HOME to a whole toolkit"
 export CUDA_HOME
 
 # The headers of cuDNN and NCCL come with torch's own wheels.
@@ -32,7 +35,8 @@ say "fetching $version"
 "$python" -m pip install --quiet --no-deps pybind11
 "$python" -m pip install --quiet --no-deps "$wheels"/transformer_engine-*.whl "$wheels"/transformer_engine_cu13-*.whl
 say "compiling the torch part for $archs with $MAX_JOBS jobs; nothing is shown until it is done"
-"$python" -m pip wheel --quiet --no-deps --no-build-isolation --no-binary :all: --wheel-dir "$wheels" \
+# pip keeps what it once compiled and does not ask for which GPUs, so without its cache
+"$python" -m pip wheel --quiet --no-cache-dir --no-deps --no-build-isolation --no-binary :all: --wheel-dir "$wheels" \
     "transformer-engine-torch==$version"
 "$python" -m pip install --quiet --no-deps "$wheels"/transformer_engine_torch-*.whl
 
