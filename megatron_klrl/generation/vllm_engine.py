@@ -235,7 +235,7 @@ class VLLMEngine:
             raise WorkError("the generation engine sleeps: wake its weights before updating them")
         self._complete = False
         intake = Intake(self._expected, dtype=self._settings.dtype, takes_checksums=verify)
-        model = self._runner().model
+        model = self._runner().get_model()  # the model itself, whatever graphs are captured around it
         with torch.no_grad(), vllm_host.trainer_state_kept():
             try:
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": intake.check(weights)})
