@@ -16,8 +16,8 @@ from torch import Tensor
 def numbers(tensor: Tensor) -> Tensor:
     """What a tensor stands for, detached: of an 8-bit one a copy in bfloat16, of any other the tensor itself.
 
-    Rounding the copy gives the same 8 bits and the same scale again: the largest number of an 8-bit weight is that of
-    the bfloat16 weight it was rounded from, and the others lie far from the middle between two.
+    Rounding the copy gives the same numbers again: the largest of an 8-bit weight is that of the bfloat16 weight it was
+    rounded from, so the scale is, and the others lie far from the middle between two.
     """
     kept: Any = tensor.detach()
     return kept.dequantize() if is_float8tensor(tensor) else kept
