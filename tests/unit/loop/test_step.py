@@ -1,5 +1,6 @@
 """The train step on a policy that is a table of logits: what it logs, and that the update is the loss's."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,9 +46,10 @@ class TableTrainer:
         )
 
     def forward_backward(self, batch: TrainBatch, loss: PolicyLoss) -> SimpleNamespace:
-        table = (self.table + self.drift * torch.eye(VOCABULARY)).requires_grad_()
+        table = (self.table + self.drift * torch.eye(VOCABULARY, device=self.table.device)).requires_grad_()
         logprobs, entropy = self._logprobs(batch.tokens, table)
-        value, metrics = loss(logprobs, batch, entropy=entropy)
+        from_uniform = math.log(VOCABULARY) - entropy if loss.needs_full_kl else None
+        value, metrics = loss(logprobs, batch, entropy=entropy, full_kl=from_uniform)
         (self.gradient,) = torch.autograd.grad(value, table)
         return SimpleNamespace(loss=float(value.detach()), metrics={name: float(v) for name, v in metrics.items()})
 
