@@ -16,17 +16,21 @@ from tests.support.ranks import run_ranks
 from tests.support.trainer import policy_loss, rollout_batch, train_batch, trainer_in
 
 
-def test_storages_come_back_bit_for_bit_and_views_with_them() -> None:
+@pytest.mark.parametrize("block_bytes", [7, 64, 1 << 20])
+def test_storages_come_back_bit_for_bit_and_views_with_them(block_bytes: int) -> None:
     whole = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     row, other = whole[2], torch.tensor([float("nan"), -0.0]).to(torch.bfloat16)
     before, bits = whole.clone(), other.view(torch.int16).clone()
-    copies = HostCopies()
-    copies.move_out([whole, row, other])
-    assert (whole.untyped_storage().nbytes(), other.untyped_storage().nbytes()) == (0, 0)
-    copies.move_back()
-    assert torch.equal(whole, before)
-    assert torch.equal(row, before[2])
-    assert torch.equal(other.view(torch.int16), bits)
+    copies = HostCopies(block_bytes=block_bytes)
+    for _ in range(2):
+        copies.move_out([whole, row])
+        copies.move_out([other])
+        assert (whole.untyped_storage().nbytes(), other.untyped_storage().nbytes()) == (0, 0)
+        assert 0 <= copies.host_bytes - (6 * 4 * 4 + 2 * 2) < block_bytes, "one copy, whatever the tensors' sizes"
+        copies.move_back()
+        assert torch.equal(whole, before)
+        assert torch.equal(row, before[2])
+        assert torch.equal(other.view(torch.int16), bits)
     row.fill_(1.0)
     assert torch.equal(whole[2], torch.ones(4)), "still a view"
 
