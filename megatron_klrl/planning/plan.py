@@ -41,6 +41,12 @@ class LayoutPlan:
         return max(self.memory, key=lambda phase: phase.total)
 
     @property
+    def host_bytes(self) -> int:
+        """What this rank has in pinned memory of its host while the engine generates; 0 unless the recipe offloads."""
+        parts = {phase.name: phase.parts for phase in self.memory}
+        return parts["train"]["optimizer"] - parts["generate"].get("optimizer", 0)
+
+    @property
     def seconds(self) -> float:
         """Of a step."""
         return sum(phase.seconds for phase in self.times)

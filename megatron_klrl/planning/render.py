@@ -71,6 +71,14 @@ def fit_line(one: LayoutPlan, memory_bytes: int) -> str:
     )
 
 
+def host_lines(one: LayoutPlan, ranks_of_node: int) -> list[str]:
+    """What the hosts must hold meanwhile, if anything."""
+    if not one.host_bytes:
+        return []
+    node = one.host_bytes * min(ranks_of_node, one.layout.gpus)
+    return [f"on the host while generating: {one.host_bytes / GIB:.1f} GiB of a rank, {node / GIB:.1f} GiB of a node"]
+
+
 def layout_lines(found: Sequence[LayoutPlan], *, most: int) -> list[str]:
     """Layouts that fit, quickest first."""
     rows = [
@@ -88,6 +96,7 @@ def as_data(one: LayoutPlan) -> dict[str, Any]:
         "stage": one.stage,
         "memory_bytes": {phase.name: {**phase.parts, "total": phase.total} for phase in one.memory},
         "peak": {"phase": one.peak.name, "bytes": one.peak.total},
+        "host_bytes": one.host_bytes,
         "seconds": {phase.name: {**phase.parts, "total": phase.seconds} for phase in one.times},
         "bottleneck": {"phase": one.slowest.name, "by": one.slowest.bottleneck} if one.times else None,
     }

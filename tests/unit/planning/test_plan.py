@@ -14,6 +14,7 @@ from megatron_klrl.planning.layout import Layout, of_recipe
 from megatron_klrl.planning.memory import in_flight
 from megatron_klrl.planning.model import read_model
 from megatron_klrl.planning.plan import LayoutPlan, Request, fitting, least, plan, request
+from megatron_klrl.planning.render import host_lines
 from tests.unit.config.folders import make_recipe
 from tests.unit.planning.configs import DEEPSEEK_V3, QWEN3_235B, QWEN25_7B, write
 
@@ -78,6 +79,19 @@ def test_what_is_given_back_is_not_counted(tmp_path: Path, key: str, phase: str,
     layout = Layout(gpus=8)
     assert part in parts(plan(wanted(tmp_path, QWEN25_7B), layout), phase)
     assert part not in parts(plan(wanted(tmp_path, QWEN25_7B, key), layout), phase)
+
+
+def test_the_host_holds_what_is_offloaded(tmp_path: Path) -> None:
+    stays, goes = (
+        plan(wanted(tmp_path, QWEN25_7B, f"memory.offload_while_generating={value}"), Layout(gpus=16))
+        for value in ("false", "true")
+    )
+    assert (stays.host_bytes, host_lines(stays, 8)) == (0, [])
+    share = 12 * -(-wanted(tmp_path, QWEN25_7B).model.parameters // 16)
+    assert goes.host_bytes == share
+    assert host_lines(goes, 8) == [
+        f"on the host while generating: {share / GIB:.1f} GiB of a rank, {8 * share / GIB:.1f} GiB of a node"
+    ]
 
 
 def test_experts_are_spread_over_expert_ranks(tmp_path: Path) -> None:
