@@ -11,9 +11,8 @@ RECIPE := examples/recipes/arithmetic_cpu.yaml
 BENCH := all --quick
 BIN := $(VENV)/bin
 
-# A file of tests at a time on each core, at most four: some hold an engine in a gigabyte of memory. In their order, which
-# begins with the slow ones: sorted by the number of tests they would come last, and one core would wait for the other.
-PYTEST := -m pytest --durations=10 --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+# A file of tests at a time on each core, at most four: some hold an engine in a gigabyte of memory.
+PYTEST := -m pytest --durations=10 --numprocesses=logical --maxprocesses=4 --dist=loadfile
 # Tests reach no network, and one thread a process: several ranks share few cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
 	VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
