@@ -10,7 +10,8 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -52,24 +53,35 @@ def run_forked(size: int, function: Callable[..., Any], *args: Any, timeout_s: f
     Raises:
         RankFailedError: with the failing rank's traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipes = [_context.Pipe(duplex=False) for _ in range(size)]
-    processes = [
-        _context.Process(target=_rank, args=(rank, size, port, sender, function, args))
-        for rank, (_, sender) in enumerate(pipes)
-    ]
-    for process, (_, sender) in zip(processes, pipes, strict=True):
-        process.start()
-        sender.close()  # so that a rank that dies ends its pipe
-    try:
-        return _answers([receiver for receiver, _ in pipes], timeout_s)
-    finally:
-        for process in processes:
-            process.join(_END_S)
-            if process.is_alive():
-                process.kill()
+    with _reserved_port() as port:
+        pipes = [_context.Pipe(duplex=False) for _ in range(size)]
+        processes = [
+            _context.Process(target=_rank, args=(rank, size, port, sender, function, args))
+            for rank, (_, sender) in enumerate(pipes)
+        ]
+        for process, (_, sender) in zip(processes, pipes, strict=True):
+            process.start()
+            sender.close()  # so that a rank that dies ends its pipe
+        try:
+            return _answers([receiver for receiver, _ in pipes], timeout_s)
+        finally:
+            for process in processes:
+                process.join(_END_S)
+                if process.is_alive():
+                    process.kill()
+
+
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A port that the system hands to nobody else, while the first rank can listen on it.
+
+    One that was only found free would be somebody's connection now and then: seconds pass until it is bound. A socket
+    that shares its address, as torch's store does, may listen over one that shares it too and does not listen.
+    """
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]
 
 
 def _answers(receivers: list[Connection], timeout_s: float) -> list[Any]:
