@@ -4,6 +4,7 @@ The files stand for a model: what writes one is tested in tests/mcore.
 """
 
 import json
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -210,7 +211,8 @@ def out_of_room(root: Path) -> tuple[str, list[str]]:
         save(run, 2)
         message = ""
     except WorkError as error:
-        message = str(error)
+        # each rank looks for itself, and others write to the disk meanwhile
+        message = re.sub(r"\d+\.\d\d GiB are free", "some GiB are free", str(error))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     dist.barrier()
@@ -220,7 +222,7 @@ def out_of_room(root: Path) -> tuple[str, list[str]]:
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
     message, folders = on_ranks(out_of_room, tmp_path)
     assert message.startswith(f"the checkpoint of step 2 could not be written to {tmp_path} ([Errno 27] File too large")
-    assert "GiB are free there" in message
+    assert "some GiB are free there" in message
     assert folders == ["step_000001"]
 
 
