@@ -11,7 +11,7 @@ from megatron_klrl.config.load import load_recipe
 from megatron_klrl.errors import UserError, WorkError
 from megatron_klrl.planning import render
 from megatron_klrl.planning.hardware import PRESETS, choose
-from megatron_klrl.planning.layout import GPUS_OF_A_NODE, of_recipe
+from megatron_klrl.planning.layout import of_recipe
 from megatron_klrl.planning.model import read_model
 from megatron_klrl.planning.plan import LayoutPlan, Request, fitting, least, plan, request
 
@@ -74,7 +74,7 @@ def _one(wanted: Request, found: LayoutPlan, *, memory_bytes: int, as_json: bool
         *_work_and_assumptions(wanted),
         *render.memory_lines(found.memory),
         render.fit_line(found, memory_bytes),
-        *render.host_lines(found, GPUS_OF_A_NODE),
+        *render.host_lines(found, wanted.hardware),
         *render.time_lines(found, wanted.work),
     ]
     typer.echo("\n".join(lines))

@@ -71,11 +71,11 @@ def fit_line(one: LayoutPlan, memory_bytes: int) -> str:
     )
 
 
-def host_lines(one: LayoutPlan, ranks_of_node: int) -> list[str]:
+def host_lines(one: LayoutPlan, hardware: Hardware | None) -> list[str]:
     """What the hosts must hold meanwhile, if anything."""
-    if not one.host_bytes:
+    if not one.host_bytes or hardware is None:
         return []
-    node = one.host_bytes * min(ranks_of_node, one.layout.gpus)
+    node = one.host_bytes * min(hardware.gpus_per_node, one.layout.gpus)
     return [f"on the host while generating: {one.host_bytes / GIB:.1f} GiB of a rank, {node / GIB:.1f} GiB of a node"]
 
 
