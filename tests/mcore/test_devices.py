@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_klrl.mcore.passes import AtHead
 from megatron_klrl.rl.surrogates import SURROGATES
 from megatron_klrl.runtime import world as ranks
 from megatron_klrl.vocab_parallel.shard import VocabShard
-from tests.support.elsewhere import AWAY, elsewhere
+from tests.support.elsewhere import AWAY, elsewhere, sent
 from tests.support.ranks import run_ranks
 from tests.support.trainer import policy_loss, rollout_batch, train_batch
 
@@ -64,11 +64,6 @@ class Group:
 
 def groups(**sizes: int) -> Any:
     return SimpleNamespace(**{name: Group(sizes.get(name, 1)) for name in ("tp", "pp", "cp", "ep", "dp")}, virtual=1)
-
-
-def sent(batch: Any, away: Callable[[Tensor], Tensor]) -> Any:
-    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: away(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 @pytest.mark.parametrize("sizes", [{}, {"cp": 2}, {"dp": 2}], ids=["one", "cp2", "dp2"])

@@ -6,6 +6,7 @@ The device goes by the name ``meta``, for torch asks no driver about that one.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -74,6 +75,12 @@ def elsewhere() -> Iterator[Callable[[Tensor], Tensor]]:
     """Sends tensors away; in the body tensors that are made for the device of one of them are there too."""
     with _FromNumbers(), _MadeThere():
         yield Away
+
+
+def sent(batch: Any, away: Callable[[Tensor], Tensor]) -> Any:
+    """A batch with every tensor there."""
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: away(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 class _FromNumbers(TorchFunctionMode):

@@ -1,27 +1,20 @@
 """A whole train step on tensors of another device than the CPU's: nothing in it is made on the CPU by accident."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_klrl.batch import RolloutBatch
 from megatron_klrl.config.load import load_recipe
 from megatron_klrl.config.recipe import Recipe
 from megatron_klrl.kl.catalogue import meaningful_axes
 from megatron_klrl.loop.step import train_on
-from tests.support.elsewhere import AWAY, elsewhere
+from tests.support.elsewhere import AWAY, elsewhere, sent
 from tests.unit.config.folders import make_recipe
 from tests.unit.loop.test_step import TableTrainer, new_trainer, parts, rollouts
 
 NAMES = ("placement", "estimator", "credit", "correction")
-
-
-def sent(batch: RolloutBatch, away: Callable[[Tensor], Tensor]) -> RolloutBatch:
-    return replace(batch, **{field.name: away(getattr(batch, field.name)) for field in fields(batch)})
 
 
 def same_there_and_here(recipe: Recipe, **settings: float) -> None:
