@@ -168,3 +168,25 @@ def test_a_save_starts_no_process(folder: Path, tmp_path: Path) -> None:
     assert run_ranks(1, children_after_save, folder, tmp_path / "mended", "mended") == [0]
     (upstream,) = run_ranks(1, children_after_save, folder, tmp_path / "as it is", "as it is")
     assert upstream > 0, "upstream starts none any more: write_in_this_process can go"
+
+
+def comes_back_as_the_optimizer_has_it(folder: Path, to: Path, leave_out: bool) -> bool:  # noqa: FBT001  a rank's
+    """Of a model whose bf16 weights are not what the optimizer's round to, as another's in 8 bits are not."""
+    options = {"with_reference": False, "dtype": torch.bfloat16}
+    with trainer(folder, **options) as engine:
+        update(engine, 0)
+        wanted = engine.weight_checksums()
+        with torch.no_grad():
+            for parameter in engine.chunks[0].parameters():
+                parameter.add_(1)
+        engine.save(to)
+    if leave_out:
+        checkpoint.take_weights_of = lambda _: None
+    with trainer(folder, **options) as engine:
+        engine.load(to)
+        return engine.weight_checksums() == wanted
+
+
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_weights_come_back_as_the_optimizer_has_them(folder: Path, tmp_path: Path, leave_out: bool) -> None:  # noqa: FBT001  pytest's
+    assert run_ranks(1, comes_back_as_the_optimizer_has_it, folder, tmp_path, leave_out) == [not leave_out]
